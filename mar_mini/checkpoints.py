@@ -1,0 +1,208 @@
+"""Trained models in and out: safetensors and a JSON card, never a pickle."""
+
+import json
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mar_mini.configs import Config, MARConfig, SamplingConfig, VAEConfig
+from mar_mini.data import data_dir
+from mar_mini.mar import MAR
+from mar_mini.sampling import Frame, evaluating, sample
+from mar_mini.vae import AutoencoderKL
+
+
+@dataclass(frozen=True)
+class ImageFrame(Frame):
+    """A `Frame` that knows its pictures; what is still masked shows as the mean token."""
+
+    decode: Callable[[Tensor], Tensor] = field(repr=False)
+
+    def images(self) -> Float[Tensor, "B C H W"]:
+        """(B, 3 or 1, H, W) float32 in [0, 1]."""
+        return self.decode(self.tokens)
+
+
+@dataclass
+class Pipeline:
+    """A trained model with all that it takes to make pictures.
+
+    mar           the model
+    vae           its autoencoder; None where tokens are patches of pixels
+    latent_scale  1 / std of the latents: the model sees latents times this
+    clip          bound on |x0|, None for none
+    classes       their names
+    defaults      of `sample`
+    card          how it was trained, for people
+    """
+
+    mar: MAR
+    vae: AutoencoderKL | None = None
+    latent_scale: float = 1.0
+    clip: float | None = None
+    classes: list[str] = field(default_factory=list)
+    defaults: SamplingConfig = SamplingConfig()
+    card: dict = field(default_factory=dict)
+
+    def sample(self, labels=None, **arguments) -> Iterator[ImageFrame]:
+        """`mar_mini.sample` with this model's defaults; frames know their `.images()`."""
+        settings = {**asdict(self.defaults), "clip": self.clip, **arguments}
+        frames = sample(self.mar, labels, **settings)
+        return (
+            ImageFrame(f.step, f.tokens, f.predicted, f.mask, self.to_images) for f in frames
+        )
+
+    def generate(self, labels=None, **arguments) -> Float[Tensor, "B C H W"]:
+        """Pictures (B, 3 or 1, H, W), float32 in [0, 1]; arguments as for `sample`."""
+        return deque(self.sample(labels, **arguments), maxlen=1)[0].images()
+
+    @torch.no_grad()
+    def to_images(self, tokens: Float[Tensor, "B L C"]) -> Float[Tensor, "B C H W"]:
+        """Tokens to pictures, float32 in [0, 1]."""
+        latents = self.mar.unpatchify(tokens) / self.latent_scale
+        if self.vae is not None:
+            with evaluating(self.vae) as vae:
+                latents = vae.decode(latents.to(vae.quant_conv.weight.dtype))
+        return ((latents.float() + 1) / 2).clamp(0, 1)
+
+    @torch.no_grad()
+    def to_tokens(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B L C"]:
+        """Pictures in [0, 1] to tokens: the mean of the posterior, scaled."""
+        x = images.to(self.mar.fake_latent.device) * 2 - 1
+        if self.vae is not None:
+            with evaluating(self.vae) as vae:
+                x = vae.encode(x.to(vae.quant_conv.weight.dtype)).mode().float()
+        return self.mar.patchify(x * self.latent_scale)
+
+    def save(self, folder: str | Path, config: Config, dtype: torch.dtype = torch.bfloat16) -> Path:
+        """Write weights (`dtype`) and card to a folder that `load_pretrained` reads.
+
+        Each file is written under another name first, so that a crash leaves the old one whole.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(self.mar, folder / "mar.safetensors", dtype)
+        if self.vae is not None:
+            save_weights(self.vae, folder / "vae.safetensors", dtype)
+        card = {
+            "config": config.name,
+            "mar": asdict(config.mar) if config.mar else None,
+            "vae": asdict(config.vae) if config.vae else None,
+            "latent_scale": self.latent_scale,
+            "clip": self.clip,
+            "classes": self.classes,
+            "defaults": asdict(self.defaults),
+            "card": self.card,
+        }
+        text = json.dumps(card, indent=2) + "\n"
+        write_atomically(folder / "config.json", lambda path: path.write_text(text))
+        return folder
+
+
+def load_pretrained(name: str | Path) -> Pipeline:
+    """A trained model by name, or from a folder that `Pipeline.save` wrote.
+
+    Raises ValueError for an unknown name (lists those which exist), a damaged file, or weights
+    that do not fit the configuration (names the keys).
+    """
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
+        weights = data_dir() / "weights"
+        folder = weights / str(name)
+        if not (folder / "config.json").is_file():
+            bundled = sorted(path.parent.name for path in weights.glob("*/config.json"))
+            raise ValueError(
+                f"no trained model {str(name)!r}; expected one of: {', '.join(bundled)}, or a "
+                "folder with config.json and mar.safetensors"
+            )
+    try:
+        card = json.loads((folder / "config.json").read_text())
+        defaults = SamplingConfig(**known_fields(SamplingConfig, card["defaults"]))
+        mar = MAR(**known_fields(MARConfig, card["mar"]))
+        vae = AutoencoderKL(**known_fields(VAEConfig, card["vae"])) if card["vae"] else None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'} is damaged ({error}); restore it, or train the model again"
+        ) from error
+    load_weights(mar, folder / "mar.safetensors")
+    if vae is not None:
+        load_weights(vae, folder / "vae.safetensors")
+        vae.eval()
+    return Pipeline(
+        mar.eval(), vae, card["latent_scale"], card["clip"], card["classes"], defaults, card["card"]
+    )
+
+
+def known_fields(kind: type, values: dict) -> dict:
+    """Values for a dataclass; lists become tuples, as JSON has none."""
+    names = {f.name for f in fields(kind)}
+    if set(values) - names:
+        raise KeyError(f"unknown setting {sorted(set(values) - names)[0]!r} for {kind.__name__}")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def save_weights(model: nn.Module, path: Path, dtype: torch.dtype | None = None) -> None:
+    """A model's weights as safetensors, atomically."""
+    state = {
+        key: value.detach().to("cpu", dtype).contiguous()
+        for key, value in model.state_dict().items()
+    }
+    write_atomically(path, lambda temporary: save_file(state, temporary))
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Fill a model from a safetensors file.
+
+    Raises ValueError if the file is missing, damaged or of another model (names the keys).
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; restore it, or train the model again")
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it, or train again") from error
+    own = model.state_dict()
+    problems = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "of another shape": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+            for key in own
+            if key in state and state[key].shape != own[key].shape
+        ],
+    }
+    found = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in problems.items()
+        if keys
+    ]
+    if found:
+        raise ValueError(
+            f"{path} does not fit this {type(model).__name__}: {'; '.join(found)}; "
+            "build the model from the configuration that the weights were trained with"
+        )
+    model.load_state_dict(state)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it into place."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,190 @@
+"""Named presets, from a model that trains in 75 seconds to the published ones."""
+
+from dataclasses import dataclass, replace
+
+from mar_mini.masking import choose
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Arguments of `AutoencoderKL`."""
+
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    attn_resolutions: tuple[int, ...] = (16,)
+    resolution: int = 256
+    z_channels: int = 16
+    in_channels: int = 3
+    num_groups: int = 32
+
+
+@dataclass(frozen=True)
+class MARConfig:
+    """Arguments of `MAR`."""
+
+    img_size: int = 256
+    vae_stride: int = 16
+    patch_size: int = 1
+    vae_embed_dim: int = 16
+    class_num: int = 1000
+    encoder_embed_dim: int = 1024
+    encoder_depth: int = 16
+    encoder_num_heads: int = 16
+    decoder_embed_dim: int = 1024
+    decoder_depth: int = 16
+    decoder_num_heads: int = 16
+    mlp_ratio: float = 4.0
+    buffer_size: int = 64
+    mask_ratio_min: float = 0.7
+    label_drop_prob: float = 0.1
+    attn_dropout: float = 0.1
+    proj_dropout: float = 0.1
+    diffloss_d: int = 3
+    diffloss_w: int = 1024
+    num_sampling_steps: int = 100
+    diffusion_batch_mul: int = 4
+    grad_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a model is trained; the defaults are the paper's (MAR section 4) where it has one.
+
+    max_steps, max_seconds  the budget: whichever is reached first; at least one is needed
+    warmup                  share of the budget in which the learning rate rises from 0
+    decay                   "cosine" down to 0 at the end of the budget, or "constant"
+    ema_decay               largest decay of the weight average
+    ema_window              the average reaches back over about this share of the steps so far, so
+                            that a short run is not averaged with its beginning
+    grad_clip               largest norm of the gradient
+    flip                    mirror half of the images
+    precision               "auto" (bfloat16 where the hardware multiplies it), "float32", "bf16"
+    kl_weight               of the VAE's KL term, per latent value
+    """
+
+    batch_size: int = 128
+    learning_rate: float = 8e-4
+    weight_decay: float = 0.02
+    max_steps: int | None = None
+    max_seconds: float | None = None
+    warmup: float = 0.02
+    decay: str = "cosine"
+    ema_decay: float = 0.9999
+    ema_window: float = 0.1
+    grad_clip: float = 3.0
+    flip: bool = False
+    precision: str = "auto"
+    kl_weight: float = 1e-4
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Defaults of `sample` for a preset; `clip` bounds x0 for models of a small budget."""
+
+    num_iter: int = 64
+    num_sampling_steps: int = 100
+    cfg: float = 1.0
+    cfg_schedule: str = "linear"
+    temperature: float = 1.0
+    clip: float | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """A preset: models (None where it has none), data, and how to train and sample."""
+
+    name: str
+    data: str
+    vae: VAEConfig | None
+    mar: MARConfig | None
+    training: TrainingConfig
+    sampling: SamplingConfig
+    vae_training: TrainingConfig | None = None
+
+
+def transformer(width: int, depth: int, heads: int, **arguments) -> MARConfig:
+    """A MAR whose encoder and decoder are alike."""
+    return MARConfig(
+        encoder_embed_dim=width, encoder_depth=depth, encoder_num_heads=heads,
+        decoder_embed_dim=width, decoder_depth=depth, decoder_num_heads=heads, **arguments,
+    )  # fmt: skip
+
+
+def published(name: str, mar: MARConfig | None, cfg: float = 1.0) -> Config:
+    """A full-size preset: ImageNet at 256x256 in the latents of KL-16, the paper's recipe."""
+    training = TrainingConfig(
+        batch_size=2048, max_steps=400 * 1_281_167 // 2048, warmup=0.25, decay="constant",
+        ema_window=1.0, flip=True,
+    )  # fmt: skip
+    sampling = SamplingConfig(num_iter=256, cfg=cfg)
+    return Config(name, "imagenet", VAEConfig(), mar, training, sampling)
+
+
+SMALL = {"attn_dropout": 0.0, "proj_dropout": 0.0}
+CIFAR_VAE = VAEConfig(
+    ch=64, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(), resolution=32, z_channels=16
+)
+
+PRESETS = {
+    config.name: config
+    for config in (
+        Config(
+            name="digits", data="digits", vae=None,
+            mar=transformer(
+                128, 3, 4, img_size=16, vae_stride=1, patch_size=4, vae_embed_dim=1, class_num=10,
+                buffer_size=4, diffloss_d=3, diffloss_w=128, num_sampling_steps=25, **SMALL,
+            ),
+            training=TrainingConfig(learning_rate=1.5e-3, max_seconds=75),
+            sampling=SamplingConfig(num_iter=16, num_sampling_steps=25, cfg=2.0, clip=1.0),
+        ),
+        Config(
+            name="cifar10", data="cifar10_mini", vae=CIFAR_VAE,
+            mar=transformer(
+                256, 5, 8, img_size=32, vae_stride=4, patch_size=1, vae_embed_dim=16,
+                class_num=10, buffer_size=16, diffloss_d=3, diffloss_w=256,
+                num_sampling_steps=50, **SMALL,
+            ),
+            training=TrainingConfig(learning_rate=1e-3, max_seconds=3600, flip=True),
+            vae_training=TrainingConfig(
+                batch_size=64, learning_rate=5e-4, max_seconds=1500, flip=True
+            ),
+            sampling=SamplingConfig(num_iter=16, num_sampling_steps=50, cfg=2.0, clip=4.0),
+        ),
+        Config(
+            name="cifar10_pixels", data="cifar10_mini", vae=None,
+            mar=transformer(
+                256, 5, 8, img_size=32, vae_stride=1, patch_size=4, vae_embed_dim=3,
+                class_num=10, buffer_size=16, diffloss_d=3, diffloss_w=256,
+                num_sampling_steps=50, **SMALL,
+            ),
+            training=TrainingConfig(learning_rate=1e-3, max_seconds=3600, flip=True),
+            sampling=SamplingConfig(num_iter=16, num_sampling_steps=50, cfg=2.0, clip=1.0),
+        ),
+        Config(
+            name="imagenette64", data="imagenette64",
+            vae=replace(CIFAR_VAE, ch_mult=(1, 2, 2, 2), resolution=64),
+            mar=transformer(
+                256, 6, 8, img_size=64, vae_stride=8, patch_size=1, vae_embed_dim=16,
+                class_num=10, buffer_size=16, diffloss_d=3, diffloss_w=256,
+                num_sampling_steps=50, **SMALL,
+            ),
+            training=TrainingConfig(learning_rate=1e-3, max_seconds=3600, flip=True),
+            vae_training=TrainingConfig(
+                batch_size=64, learning_rate=5e-4, max_seconds=1500, flip=True
+            ),
+            sampling=SamplingConfig(num_iter=16, num_sampling_steps=50, cfg=2.0, clip=4.0),
+        ),
+        published("mar_base", transformer(768, 12, 12, diffloss_d=6, diffloss_w=1024), cfg=2.9),
+        published("mar_large", transformer(1024, 16, 16, diffloss_d=8, diffloss_w=1280), cfg=3.0),
+        published("mar_huge", transformer(1280, 20, 16, diffloss_d=12, diffloss_w=1536), cfg=3.2),
+        published("mar_large_12x1536", transformer(1024, 16, 16, diffloss_d=12, diffloss_w=1536),
+                  cfg=3.0),
+        published("kl16", None),
+    )
+}  # fmt: skip
+
+
+def get_config(name: str) -> Config:
+    """The preset of that name. Raises ValueError that lists the presets which exist."""
+    return choose("preset", name, PRESETS)

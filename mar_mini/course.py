@@ -1,0 +1,241 @@
+"""Run the whole course, and lend its chapters to a learner without ever writing over their work.
+
+`notebooks/` holds the chapters as they are handed out, `notebooks/solutions/` the solved ones,
+`my/` (which git ignores) the learner's copies. Nothing prints: `run_course` yields.
+"""
+
+import base64
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+SAMPLE_TAG = "sample-grid"
+CELL_TIMEOUT = 1800  # seconds; well above any budget, so that only a hanging cell meets it
+BUDGETS = {  # seconds on a laptop's CPU, by chapter number
+    "00": 40, "01": 20, "02": 100, "03": 60, "04": 70, "05": 40,
+    "06": 40, "07": 110, "08": 60, "09": 40, "10": 20,
+}  # fmt: skip
+
+
+class CellFailed(RuntimeError):
+    """A notebook cell that raised, hung or lost its kernel; `details` has source and traceback."""
+
+    def __init__(self, message: str, details: str) -> None:
+        super().__init__(message)
+        self.details = details
+
+
+class CourseFailed(RuntimeError):
+    """A chapter that did not run to its end."""
+
+
+@dataclass(frozen=True)
+class ChapterRun:
+    """One chapter on its way: yielded when it starts and, with `seconds`, when it has ended."""
+
+    stem: str
+    path: Path  # where the executed notebook goes
+    budget: float | None  # seconds; None for a chapter that has none
+    seconds: float | None = None  # None: started, not ended
+    error: str | None = None  # which cell and which error
+
+    @property
+    def finished(self) -> bool:
+        return self.seconds is not None
+
+    @property
+    def over_budget(self) -> bool:
+        return self.finished and self.budget is not None and self.seconds > self.budget
+
+
+def pick_chapters(stems: Iterable[str], wanted: Iterable[str] | None = None) -> list[str]:
+    """Return the stems that are wanted (`06`, `6` or `06_masking`), in order; all for none.
+
+    Raises ValueError for a chapter that is not there, listing those that are.
+    """
+    stems, picked = sorted(stems), set()
+    for name in wanted or stems:
+        found = [s for s in stems if s == name or s.split("_")[0] == name.zfill(2)]
+        if not found:
+            raise ValueError(f"no chapter {name!r}; there are: {', '.join(stems) or 'none'}")
+        picked.update(found)
+    return sorted(picked)
+
+
+def execute(notebook, folder: Path, *, strict: bool) -> None:
+    """Execute a notebook node in place, working directory `folder`, in a fresh kernel.
+
+    strict: exercise checks raise instead of handing out the package's solution.
+    Raises CellFailed for the first cell that fails; the node keeps the outputs up to there.
+    """
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+    # MPLBACKEND would keep figures out of the notebook
+    env = {k: v for k, v in os.environ.items() if k not in ("MAR_MINI_STRICT", "MPLBACKEND")}
+    at = {}
+    client = NotebookClient(
+        notebook,
+        kernel_name="python3",
+        timeout=CELL_TIMEOUT,
+        resources={"metadata": {"path": str(folder)}},
+        record_timing=False,
+        store_widget_state=False,
+        coalesce_streams=True,
+        on_cell_start=at.update,
+    )
+    try:
+        client.execute(env=env | {"MAR_MINI_STRICT": "1"} if strict else env)
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        details = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+        what = getattr(error, "evalue", details.splitlines()[0])
+        text = f"cell {at['cell_index']} ({at['cell'].id}): "
+        text += " ".join(f"{getattr(error, 'ename', type(error).__name__)}: {what}".split())
+        if at["cell"].source not in details:
+            details = f"{at['cell'].source}\n\n{details}"
+        raise CellFailed(text.rstrip(":"), details) from error
+
+
+def run_course(
+    repo: Path, build: Path, chapters: Iterable[str] | None = None
+) -> Iterator[ChapterRun]:
+    """Execute the solution notebooks from first to last, strictly, yielding as they go.
+
+    build: gets `course/NN_stem.ipynb` for each chapter, and `samples.png`, the last picture of
+        a cell tagged `sample-grid` in the last chapter that has one.
+    Yields each chapter twice: started, then finished. After a finished chapter with an error it
+    raises CourseFailed and runs no other. Raises ValueError for an unknown chapter.
+    """
+    import nbformat
+
+    folder = repo / "notebooks"
+    stems = pick_chapters((p.stem for p in _chapter_files(folder / "solutions")), chapters)
+    (build / "course").mkdir(parents=True, exist_ok=True)
+    for stem in stems:
+        path = build / "course" / f"{stem}.ipynb"
+        run = ChapterRun(stem, path, BUDGETS.get(stem.split("_")[0]))
+        yield run
+        notebook = nbformat.read(folder / "solutions" / f"{stem}.ipynb", as_version=4)
+        start, error = time.perf_counter(), None
+        try:
+            execute(notebook, folder, strict=True)
+        except CellFailed as failure:
+            error = failure
+        seconds = time.perf_counter() - start
+        nbformat.write(notebook, path)
+        picture = sample_grid(notebook)
+        if picture is not None:
+            (build / "samples.png").write_bytes(picture)
+        yield replace(run, seconds=seconds, error=str(error) if error else None)
+        if error:
+            raise CourseFailed(f"{stem}: {error}; see {path}") from error
+
+
+def sample_grid(notebook) -> bytes | None:
+    """Return the last PNG among the outputs of cells tagged `sample-grid`, None if none."""
+    picture = None
+    for cell in notebook.cells:
+        if SAMPLE_TAG in cell.metadata.get("tags", []):
+            for output in cell.get("outputs", []):
+                picture = output.get("data", {}).get("image/png", picture)
+    return None if picture is None else base64.b64decode(picture)
+
+
+def copy_to_my(repo: Path) -> list[Path]:
+    """Copy the chapters that `my/` does not have yet, and return the copies made.
+
+    Never writes over a file, and never leaves half a file under a chapter's name.
+    """
+    my = repo / "my"
+    my.mkdir(exist_ok=True)
+    return [my / p.name for p in _chapter_files(repo / "notebooks") if _copy_new(p, my / p.name)]
+
+
+def reset_chapter(repo: Path, chapter: str) -> tuple[Path | None, Path]:
+    """Put a fresh copy of one chapter into `my/`; return where the old one went, and the copy.
+
+    The old one becomes `my/NN_stem.before-reset-N.ipynb`, with the first N that is free; None
+    if there was none. Raises ValueError for a chapter that is not there, or for more than one.
+    """
+    stems = pick_chapters((p.stem for p in _chapter_files(repo / "notebooks")), [chapter])
+    if len(stems) > 1:
+        raise ValueError(f"{chapter!r} is more than one chapter: {', '.join(stems)}; name one")
+    fresh = repo / "my" / f"{stems[0]}.ipynb"
+    fresh.parent.mkdir(exist_ok=True)
+    old = _set_aside(fresh) if os.path.lexists(fresh) else None
+    if not _copy_new(repo / "notebooks" / fresh.name, fresh):
+        raise FileExistsError(f"{fresh} came back while it was reset; close it and reset again")
+    return old, fresh
+
+
+def open_lab(repo: Path, arguments: Iterable[str] = ()) -> int:
+    """Fill up `my/`, start JupyterLab on it with these further arguments; return its exit status.
+
+    Ctrl-C goes to JupyterLab, which asks before it stops.
+    """
+    copy_to_my(repo)
+    command = [sys.executable, "-m", "jupyterlab", "--notebook-dir", str(repo / "my")]
+    process = subprocess.Popen([*command, *arguments], cwd=repo)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue  # the same Ctrl-C reached JupyterLab; it decides
+
+
+def _chapter_files(folder: Path) -> list[Path]:
+    paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    if not paths:
+        raise FileNotFoundError(f"no chapters in {folder}; build them: tools/build_notebooks.py")
+    return paths
+
+
+def _copy_new(source: Path, target: Path) -> bool:
+    """Copy to a name that is free; False, and nothing written, if it is taken."""
+    if os.path.lexists(target):
+        return False
+    # a whole copy under another name, then a link: the link fails if the name is taken by now
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".copying-") as scratch:
+        whole = Path(scratch) / target.name
+        whole.write_bytes(source.read_bytes())
+        try:
+            os.link(whole, target)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            return _write_new(target, whole.read_bytes())
+    return True
+
+
+def _write_new(target: Path, content: bytes) -> bool:
+    try:
+        file = open(target, "xb")
+    except FileExistsError:
+        return False
+    try:
+        with file:
+            file.write(content)
+    except BaseException:  # an interruption too must not leave half a file
+        target.unlink()
+        raise
+    return True
+
+
+def _set_aside(path: Path) -> Path:
+    number = 1
+    while True:
+        backup = path.with_name(f"{path.stem}.before-reset-{number}.ipynb")
+        if _write_new(backup, b""):  # takes the name, so that nothing can be replaced
+            try:
+                os.replace(path, backup)
+            except OSError:  # not moved: the name is still empty
+                backup.unlink()
+                raise
+            return backup
+        number += 1

@@ -1,0 +1,286 @@
+"""The diffusion head: a small denoising MLP and its loss, p(token | z) (MAR section 3.2, 3.3)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mar_mini.diffusion import NUM_TIMESTEPS, Diffusion
+from mar_mini.transformer import LAYER_NORM_EPS
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def draw_noise(n: int, channels: int, generator: Generators, like: Tensor) -> Tensor:
+    """Standard normal noise (n, C) of the dtype and on the device of `like`.
+
+    generator  one torch.Generator draws all rows at once; from a list of G of them each draws its
+               own n / G rows, so that they depend on no other. Noise is drawn on its device
+    """
+    if isinstance(generator, Sequence):
+        rows = n // len(generator)
+        return torch.cat([draw_noise(rows, channels, g, like) for g in generator])
+    device = like.device if generator is None else generator.device
+    return torch.randn(n, channels, generator=generator, device=device).to(like)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Shift and scale each channel as the condition says: adaLN (Peebles & Xie 2023, DiT)."""
+    return x * (1 + scale) + shift
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps as vectors: sinusoids of 128 frequencies, then an MLP."""
+
+    num_sinusoids = 256
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(self.num_sinusoids, width), nn.SiLU(), nn.Linear(width, width)
+        )
+
+    @classmethod
+    def sinusoids(cls, t: Int[Tensor, " N"]) -> Float[Tensor, "N 256"]:
+        """Cosines, then sines, of t at frequencies from 1 down to 1/10000."""
+        half = cls.num_sinusoids // 2
+        k = torch.arange(half, device=t.device, dtype=torch.float32)
+        angles = t[:, None].float() * torch.exp(-math.log(10_000) * k / half)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+    def forward(self, t: Int[Tensor, " N"]) -> Float[Tensor, "N W"]:
+        return self.mlp(self.sinusoids(t).to(self.mlp[0].weight.dtype))
+
+
+class ResBlock(nn.Module):
+    """LayerNorm, adaLN, MLP and a gate: one block of the denoising MLP (MAR section 4)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.in_ln = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+
+    def forward(self, x: Float[Tensor, "N W"], y: Float[Tensor, "N W"]) -> Float[Tensor, "N W"]:
+        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)     # 3 x (N, W)
+        return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))  # (N, W)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, eps=LAYER_NORM_EPS, elementwise_affine=False)
+        self.linear = nn.Linear(width, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Float[Tensor, "N W"], y: Float[Tensor, "N W"]) -> Float[Tensor, "N C"]:
+        shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)           # 2 x (N, W)
+        return self.linear(modulate(self.norm_final(x), shift, scale))     # (N, C)
+
+
+class SimpleMLPAdaLN(nn.Module):
+    """The denoising MLP: noisy token, timestep and z in; predicted noise and variance out.
+
+    in_channels      C, values of a token
+    model_channels   W, width of the MLP
+    out_channels     2C: noise, then the variance's v
+    z_channels       D, width of z
+    num_res_blocks   depth
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        z_channels: int,
+        num_res_blocks: int,
+        grad_checkpointing: bool = False,
+    ):
+        super().__init__()
+        self.grad_checkpointing = grad_checkpointing
+        self.time_embed = TimestepEmbedder(model_channels)
+        self.cond_embed = nn.Linear(z_channels, model_channels)
+        self.input_proj = nn.Linear(in_channels, model_channels)
+        self.res_blocks = nn.ModuleList(ResBlock(model_channels) for _ in range(num_res_blocks))
+        self.final_layer = FinalLayer(model_channels, out_channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier for all but the adaLN and output layers, which start at zero: identity blocks."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        adaln = [block.adaLN_modulation[-1] for block in self.res_blocks]
+        for layer in (*adaln, self.final_layer.adaLN_modulation[-1], self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+
+    def forward(
+        self, x: Float[Tensor, "N C"], t: Int[Tensor, " N"], z: Float[Tensor, "N D"]
+    ) -> Float[Tensor, "N C2"]:
+        """Predicted noise and v for noisy tokens x at the original timesteps t, given z."""
+        x = self.input_proj(x)                                     # (N, W)
+        y = self.time_embed(t) + self.cond_embed(z)                # (N, W)
+        for block in self.res_blocks:
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, y, use_reentrant=False)   # (N, W)
+            else:
+                x = block(x, y)                                    # (N, W)
+        return self.final_layer(x, y)                              # (N, 2C)
+
+
+def guide(output: Float[Tensor, "M C2"], cfg: float) -> Float[Tensor, "N C2"]:
+    """Classifier-free guidance of the noise (Ho & Salimans 2022, eq. 6).
+
+    output   (2N, 2C): conditional rows, then unconditional ones
+    returns  (N, 2C): noise uncond + cfg * (cond - uncond), and the conditional rows' variance
+    """
+    cond, uncond = output.chunk(2)                                 # 2 x (N, 2C)
+    noise_c, v = cond.chunk(2, dim=1)                              # 2 x (N, C)
+    noise_u, _ = uncond.chunk(2, dim=1)                            # (N, C)
+    return torch.cat([noise_u + cfg * (noise_c - noise_u), v], dim=1)
+
+
+class Head(nn.Module):
+    """What MAR expects of a head: p(token | z) to train and to sample from.
+
+    A head of one's own subclasses this and writes `forward` and `sample`.
+    """
+
+    def forward(self, target, z, mask=None, *, t=None, noise=None, generator=None) -> Tensor:
+        """The loss, a scalar."""
+        raise NotImplementedError
+
+    def terms(self, target, z, mask=None, **given) -> dict[str, Tensor]:
+        """The loss and what it is made of, by name, scalars."""
+        return {"loss": self(target, z, mask, **given)}
+
+    def sample(self, z, z_uncond=None, *, cfg=1.0, temperature=1.0, clip=None,
+               num_sampling_steps=None, generator=None) -> Tensor:  # fmt: skip
+        """Tokens (N, C) drawn given z (N, D)."""
+        raise NotImplementedError
+
+
+class DiffLoss(Head):
+    """Diffusion loss: p(token | z) as a diffusion model of one token (MAR section 3.2, eq. 1).
+
+    target_channels     C, values of a token
+    z_channels          D, width of z
+    depth, width        of the denoising MLP
+    num_sampling_steps  default number of diffusion steps while sampling
+    """
+
+    def __init__(
+        self,
+        target_channels: int,
+        z_channels: int,
+        depth: int,
+        width: int,
+        num_sampling_steps: int = 100,
+        grad_checkpointing: bool = False,
+    ):
+        super().__init__()
+        self.target_channels = target_channels
+        self.num_sampling_steps = num_sampling_steps
+        self.net = SimpleMLPAdaLN(
+            target_channels, width, 2 * target_channels, z_channels, depth, grad_checkpointing
+        )
+        self.diffusion = Diffusion()
+
+    def forward(
+        self,
+        target: Float[Tensor, "N C"],
+        z: Float[Tensor, "N D"],
+        mask: Bool[Tensor, " N"] | None = None,
+        *,
+        t: Int[Tensor, " N"] | None = None,
+        noise: Float[Tensor, "N C"] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, ""]:
+        """Mean loss over the masked tokens (over all without a mask): `terms(...)["loss"]`."""
+        return self.terms(target, z, mask, t=t, noise=noise, generator=generator)["loss"]
+
+    def terms(
+        self,
+        target: Float[Tensor, "N C"],
+        z: Float[Tensor, "N D"],
+        mask: Bool[Tensor, " N"] | None = None,
+        *,
+        t: Int[Tensor, " N"] | None = None,
+        noise: Float[Tensor, "N C"] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The loss and its two parts, `mse` and `vb`, as means over the masked tokens.
+
+        target  (N, C) clean tokens
+        z       (N, D) conditions
+        mask    (N,) bool, True = counts; the head does not even look at the others
+        t       (N,) int64 timesteps in [0, 1000) and noise (N, C), drawn from `generator` if None
+        """
+        if mask is not None:
+            target, z = target[mask], z[mask]
+            t = None if t is None else t[mask]
+            noise = None if noise is None else noise[mask]
+        rows = self.rows(target, z, t=t, noise=noise, generator=generator)
+        return {name: value.mean() for name, value in rows.items()}
+
+    def rows(
+        self, target: Tensor, z: Tensor, *, t=None, noise=None, generator=None
+    ) -> dict[str, Float[Tensor, " N"]]:
+        """The loss of each token and its two parts; see `terms`."""
+        if t is None:
+            device = target.device if generator is None else generator.device
+            t = torch.randint(NUM_TIMESTEPS, target.shape[:1], generator=generator, device=device)
+            t = t.to(target.device)
+        if noise is None:
+            noise = draw_noise(*target.shape, generator, target)
+        x_t = self.diffusion.q_sample(target, t, noise)
+        output = self.net(x_t, t, z).to(target.dtype)
+        return self.diffusion.loss(output, target, x_t, t, noise)
+
+    def sample(
+        self,
+        z: Float[Tensor, "N D"],
+        z_uncond: Float[Tensor, "N D"] | None = None,
+        *,
+        cfg: float = 1.0,
+        temperature: float = 1.0,
+        clip: float | None = None,
+        num_sampling_steps: int | None = None,
+        generator: Generators = None,
+    ) -> Float[Tensor, "N C"]:
+        """Draw one token for each z by running the diffusion backwards (MAR section 3.2).
+
+        z, z_uncond         (N, D) conditions with and without class; the second for guidance only
+        cfg                 guidance weight; 1 = none
+        temperature         scale of the injected noise; 0 = none but the initial one
+        clip                bound on |x0|, for models trained on a small budget (see `diffusion`)
+        num_sampling_steps  2 to 1000; the constructor's by default
+        generator           one torch.Generator, or a list of G of them for N / G rows each. One
+                            draw for the initial state, one for each step but the last, none at
+                            temperature 0
+        returns             (N, C) float32 tokens
+        """
+        diffusion = Diffusion(num_sampling_steps or self.num_sampling_steps)
+        n, channels = len(z), self.target_channels
+        dtype = self.net.input_proj.weight.dtype
+        if z_uncond is not None:
+            z = torch.cat([z, z_uncond])                                   # (2N, D)
+        x = draw_noise(n, channels, generator, z.new_empty(0).float())     # (N, C)
+        for t in reversed(range(diffusion.num_steps)):
+            x_in = (x if z_uncond is None else torch.cat([x, x])).to(dtype)    # (N or 2N, C)
+            t_in = diffusion.timestep_map[t].to(z.device).expand(len(z))   # (N or 2N,)
+            output = self.net(x_in, t_in, z).float()                       # (N or 2N, 2C)
+            if z_uncond is not None:
+                output = guide(output, cfg)                                # (N, 2C)
+            noise = None
+            if t > 0 and temperature > 0:
+                noise = draw_noise(n, channels, generator, x)              # (N, C)
+            x = diffusion.p_sample(output, x, t, noise, temperature, clip)
+        return x

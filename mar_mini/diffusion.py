@@ -1,0 +1,201 @@
+"""Gaussian diffusion: noise schedule, training target and reverse step.
+
+Ho et al. 2020 with the cosine schedule and the learned variance of Nichol & Dhariwal 2021, as MAR
+uses them for one token (MAR section 3.2). Tables are float64 and belong to no module: they are
+formulas, not weights.
+
+The terminal step. A network predicts the noise, and x0 follows from it as
+`x0 = x_t / sqrt(alpha_bar) - sqrt(1 / alpha_bar - 1) * noise`. At t = 999 the cosine schedule has
+alpha_bar = 2.4e-9, so an error of the predicted noise enters x0 multiplied by 20,291 (by 34 at
+t = 980). A model trained for hundreds of epochs predicts the noise there almost exactly. A young
+one does not, and bfloat16 cannot: one step later the state is far outside of anything seen in
+training, and the samples are noise, or black. The cure is a bound on x0 (`clip`): a token of the
+training set never leaves a known range, so the predicted one may not either.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+NUM_TIMESTEPS = 1000
+
+
+def cosine_alpha_bars(num_timesteps: int = NUM_TIMESTEPS) -> Float[Tensor, " T"]:
+    """Share of the signal's variance that is left after each step (Nichol & Dhariwal, eq. 17).
+
+    returns  (T,) float64, falling from almost 1 to almost 0; no single step removes more than 99.9%
+    """
+    u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    signal = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    betas = (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
+    return (1 - betas).cumprod(0)
+
+
+@dataclass(frozen=True)
+class ReverseStep:
+    """p(x_{t-1} | x_t) as the network sees it: mean, log variance and predicted x0, all (N, C)."""
+
+    mean: Tensor
+    log_variance: Tensor
+    x0: Tensor
+
+
+class Diffusion:
+    """The chain of `num_steps` noise levels, all 1000 of training or fewer of them for sampling.
+
+    num_steps  2 to 1000; the kept timesteps are spread evenly and include 0 and 999. The network
+               is always told the original timestep: `timestep_map[t]`
+
+    Raises ValueError for another number of steps. Source: Nichol & Dhariwal 2021, section 4.
+    """
+
+    def __init__(self, num_steps: int = NUM_TIMESTEPS):
+        if not 2 <= num_steps <= NUM_TIMESTEPS:
+            raise ValueError(
+                f"num_sampling_steps is {num_steps}; expected 2 to {NUM_TIMESTEPS} diffusion steps"
+            )
+        self.num_steps = num_steps
+        last = NUM_TIMESTEPS - 1
+        self.timestep_map = torch.tensor(
+            [round(k * last / (num_steps - 1)) for k in range(num_steps)]
+        )
+        self.alpha_bars = alpha_bars = cosine_alpha_bars()[self.timestep_map]
+        previous = torch.cat([alpha_bars.new_ones(1), alpha_bars[:-1]])
+        self.betas = betas = 1 - alpha_bars / previous
+        # q(x_{t-1} | x_t, x0) is normal with mean coef_x0 * x0 + coef_xt * x_t (Ho et al., eq. 7)
+        self.coef_x0 = betas * previous.sqrt() / (1 - alpha_bars)
+        self.coef_xt = (1 - previous) * (1 - betas).sqrt() / (1 - alpha_bars)
+        self.posterior_variance = betas * (1 - previous) / (1 - alpha_bars)
+        # the posterior of the last step has variance 0; its log borrows the neighbour's
+        clipped = torch.cat([self.posterior_variance[1:2], self.posterior_variance[1:]])
+        self.posterior_log_variance = clipped.log()
+        self.log_betas = betas.log()
+        self.sqrt_alpha_bars = alpha_bars.sqrt()
+        self.sqrt_one_minus_alpha_bars = (1 - alpha_bars).sqrt()
+        self.sqrt_recip_alpha_bars = (1 / alpha_bars).sqrt()
+        self.noise_gain = (1 / alpha_bars - 1).sqrt()  # by which a noise error enters x0
+
+    @staticmethod
+    def at(table: Float[Tensor, " T"], t: int | Int[Tensor, " N"]) -> float | Tensor:
+        """Entries of a table: a number for one t, a float32 column (N, 1) on t's device for many."""
+        if isinstance(t, int):
+            return float(table[t])
+        return table.to(t.device)[t].float()[:, None]
+
+    def q_sample(
+        self, x0: Float[Tensor, "N C"], t: Int[Tensor, " N"], noise: Float[Tensor, "N C"]
+    ) -> Float[Tensor, "N C"]:
+        """Noise clean tokens to level t in one go (Ho et al. 2020, eq. 4)."""
+        return self.at(self.sqrt_alpha_bars, t) * x0 + self.at(
+            self.sqrt_one_minus_alpha_bars, t
+        ) * noise
+
+    def posterior_mean(self, x0: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
+        """Mean of q(x_{t-1} | x_t, x0), (N, C) (Ho et al. 2020, eq. 7)."""
+        return self.at(self.coef_x0, t) * x0 + self.at(self.coef_xt, t) * x_t
+
+    def p_mean_variance(
+        self,
+        output: Float[Tensor, "N C2"],
+        x_t: Float[Tensor, "N C"],
+        t: int | Int[Tensor, " N"],
+        clip: float | None = None,
+    ) -> ReverseStep:
+        """Read the network's output as the reverse step from x_t.
+
+        output  (N, 2C): predicted noise, then v, which chooses the log variance between the
+                posterior's (v = -1) and log beta (v = 1) (Nichol & Dhariwal 2021, eq. 15)
+        t       index into the kept timesteps, one for all rows or one for each
+        clip    bound on |x0|; None for none. See the module's text on the terminal step
+        """
+        noise, v = output.chunk(2, dim=1)
+        fraction = (v + 1) / 2
+        log_variance = fraction * self.at(self.log_betas, t) + (1 - fraction) * self.at(
+            self.posterior_log_variance, t
+        )
+        x0 = self.at(self.sqrt_recip_alpha_bars, t) * x_t - self.at(self.noise_gain, t) * noise
+        if clip is not None:
+            x0 = x0.clamp(-clip, clip)
+        return ReverseStep(self.posterior_mean(x0, x_t, t), log_variance, x0)
+
+    def p_sample(
+        self,
+        output: Float[Tensor, "N C2"],
+        x_t: Float[Tensor, "N C"],
+        t: int | Int[Tensor, " N"],
+        noise: Float[Tensor, "N C"] | None,
+        temperature: float = 1.0,
+        clip: float | None = None,
+    ) -> Float[Tensor, "N C"]:
+        """Draw x_{t-1} given x_t.
+
+        noise        (N, C) standard normal, or None where none is needed
+        temperature  scale of the injected noise (MAR section 4, "temperature"); at t = 0 no noise
+                     is injected
+        """
+        step = self.p_mean_variance(output, x_t, t, clip)
+        if noise is None:
+            return step.mean
+        std = torch.exp(0.5 * step.log_variance) * temperature
+        if isinstance(t, int):
+            return step.mean + std * noise if t > 0 else step.mean
+        return step.mean + (t > 0).to(std)[:, None] * std * noise
+
+    def loss(
+        self,
+        output: Float[Tensor, "N C2"],
+        x0: Float[Tensor, "N C"],
+        x_t: Float[Tensor, "N C"],
+        t: Int[Tensor, " N"],
+        noise: Float[Tensor, "N C"],
+    ) -> dict[str, Float[Tensor, " N"]]:
+        """Training loss of each token: `loss` = `mse` + `vb`.
+
+        mse  mean squared error of the predicted noise over the channels (MAR eq. 1)
+        vb   the variational bound's term at t in bits, mean over the channels (Nichol & Dhariwal
+             2021, L_vlb). The predicted noise is detached in it: it teaches the variance alone
+        """
+        predicted, v = output.chunk(2, dim=1)
+        mse = (noise - predicted).square().mean(1)
+        frozen = torch.cat([predicted.detach(), v], dim=1)
+        step = self.p_mean_variance(frozen, x_t, t)
+        kl = normal_kl(
+            self.posterior_mean(x0, x_t, t),
+            self.at(self.posterior_log_variance, t),
+            step.mean,
+            step.log_variance,
+        ).mean(1)
+        nll = discretised_nll(x0, step.mean, 0.5 * step.log_variance).mean(1)
+        vb = torch.where(t == 0, nll, kl) / math.log(2)
+        return {"loss": mse + vb, "mse": mse, "vb": vb}
+
+
+def normal_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) -> Tensor:
+    """KL(N1 || N2) in nats, element by element."""
+    return 0.5 * (
+        -1.0
+        + logvar2
+        - logvar1
+        + torch.exp(logvar1 - logvar2)
+        + (mean1 - mean2) ** 2 * torch.exp(-logvar2)
+    )
+
+
+def approximate_normal_cdf(x: Tensor) -> Tensor:
+    """Cumulative distribution of the standard normal by a tanh (Page 1977)."""
+    return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def discretised_nll(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Negative log-likelihood in nats of x in [-1, 1] in bins of 2/255, element by element.
+
+    The outermost bins are open. Source: Ho et al. 2020, section 3.3.
+    """
+    centred, inv_std = x - mean, torch.exp(-log_std)
+    upper = approximate_normal_cdf(inv_std * (centred + 1 / 255))
+    lower = approximate_normal_cdf(inv_std * (centred - 1 / 255))
+    probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return -probability.clamp(min=1e-12).log()

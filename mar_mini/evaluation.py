@@ -1,0 +1,19 @@
+"""How good are the samples: so far, whether the class that was asked for can be recognised."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def class_means(
+    images: Float[Tensor, "N C H W"], labels: Int[Tensor, " N"]
+) -> Float[Tensor, "K C H W"]:
+    """The mean image of each class, (K, C, H, W)."""
+    return torch.stack([images[labels == k].mean(0) for k in range(int(labels.max()) + 1)])
+
+
+def nearest_class(
+    images: Float[Tensor, "N C H W"], means: Float[Tensor, "K C H W"]
+) -> Int[Tensor, " N"]:
+    """The class whose mean image is nearest in pixels (Euclidean), (N,) int64."""
+    return torch.cdist(images.flatten(1), means.flatten(1)).argmin(1)

@@ -1,0 +1,285 @@
+"""The masked autoregressive model: encoder on the known tokens, decoder on all, head on the masked.
+
+Parameter names and shapes are those of the published weights (MAR section 3.4 and figure 3).
+"""
+
+import math
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mar_mini import masking, tokens
+from mar_mini.diffloss import DiffLoss, Head
+from mar_mini.transformer import LAYER_NORM_EPS, Block
+
+NO_CLASS = -1  # the label of an image whose class is not given, or dropped
+
+
+class MAR(nn.Module, PyTorchModelHubMixin):
+    """Masked autoregressive image generation with a diffusion head (arXiv 2406.11838).
+
+    img_size, vae_stride, patch_size  pixels of a side, pixels a latent, latents a token; with
+                                      vae_stride 1 tokens are patches of pixels
+    vae_embed_dim                     channels of the latents (or of the image)
+    class_num                         number of classes
+    encoder_*, decoder_*, mlp_ratio   width, depth and heads of the two halves of the transformer
+    buffer_size                       extra tokens in front that carry the class
+    mask_ratio_min                    smallest share of tokens hidden in training
+    label_drop_prob                   share of labels dropped in training, for guidance
+    attn_dropout, proj_dropout        dropout inside the blocks
+    diffloss_d, diffloss_w            depth and width of the head
+    num_sampling_steps                default number of diffusion steps while sampling
+    diffusion_batch_mul               noise levels drawn for each token in a training step
+    grad_checkpointing                recompute activations in the backward pass: less memory
+    block, head                       what to build the transformer and the head from: anything
+                                      called like `Block` and `DiffLoss`
+
+    Raises ValueError if the image size does not divide into whole tokens.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 256,
+        vae_stride: int = 16,
+        patch_size: int = 1,
+        vae_embed_dim: int = 16,
+        class_num: int = 1000,
+        encoder_embed_dim: int = 1024,
+        encoder_depth: int = 16,
+        encoder_num_heads: int = 16,
+        decoder_embed_dim: int = 1024,
+        decoder_depth: int = 16,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        buffer_size: int = 64,
+        mask_ratio_min: float = 0.7,
+        label_drop_prob: float = 0.1,
+        attn_dropout: float = 0.1,
+        proj_dropout: float = 0.1,
+        diffloss_d: int = 3,
+        diffloss_w: int = 1024,
+        num_sampling_steps: int = 100,
+        diffusion_batch_mul: int = 4,
+        grad_checkpointing: bool = False,
+        *,
+        block: type[nn.Module] = Block,
+        head: type[Head] = DiffLoss,
+    ):
+        super().__init__()
+        self.seq_h = self.seq_w = tokens.grid_side(img_size, vae_stride, patch_size)
+        self.seq_len = self.seq_h * self.seq_w
+        self.patch_size, self.vae_embed_dim, self.class_num = patch_size, vae_embed_dim, class_num
+        self.token_embed_dim = vae_embed_dim * patch_size**2
+        self.buffer_size = buffer_size
+        self.mask_ratio_min, self.label_drop_prob = mask_ratio_min, label_drop_prob
+        self.diffusion_batch_mul = diffusion_batch_mul
+        self.grad_checkpointing = grad_checkpointing
+
+        dim, length = encoder_embed_dim, buffer_size + self.seq_len
+        self.class_emb = nn.Embedding(class_num, dim)
+        self.fake_latent = nn.Parameter(torch.empty(1, dim))  # stands in for "no class"
+        self.z_proj = nn.Linear(self.token_embed_dim, dim)
+        self.z_proj_ln = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.encoder_pos_embed_learned = nn.Parameter(torch.empty(1, length, dim))
+        self.encoder_blocks = nn.ModuleList(
+            block(dim, encoder_num_heads, mlp_ratio, attn_dropout, proj_dropout)
+            for _ in range(encoder_depth)
+        )
+        self.encoder_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+
+        dim = decoder_embed_dim
+        self.decoder_embed = nn.Linear(encoder_embed_dim, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.decoder_pos_embed_learned = nn.Parameter(torch.empty(1, length, dim))
+        self.decoder_blocks = nn.ModuleList(
+            block(dim, decoder_num_heads, mlp_ratio, attn_dropout, proj_dropout)
+            for _ in range(decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.diffusion_pos_embed_learned = nn.Parameter(torch.empty(1, self.seq_len, dim))
+
+        self.reset_parameters()
+        self.diffloss = head(
+            self.token_embed_dim, dim, diffloss_d, diffloss_w, num_sampling_steps,
+            grad_checkpointing,
+        )  # fmt: skip
+
+    def reset_parameters(self) -> None:
+        """Xavier for linear layers, normal of std 0.02 for embeddings (MAR's published code)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for parameter in (
+            self.class_emb.weight, self.fake_latent, self.mask_token,
+            self.encoder_pos_embed_learned, self.decoder_pos_embed_learned,
+            self.diffusion_pos_embed_learned,
+        ):  # fmt: skip
+            nn.init.normal_(parameter, std=0.02)
+
+    def patchify(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B L D"]:
+        """Latents (B, C, H, W) to this model's tokens (B, L, C * patch_size^2)."""
+        expected = (self.vae_embed_dim, self.seq_h * self.patch_size, self.seq_w * self.patch_size)
+        if latents.shape[1:] != expected:
+            raise ValueError(
+                f"expected latents (B, {', '.join(map(str, expected))}), got "
+                f"{tuple(latents.shape)}; encode, crop or resize to what the model was built for"
+            )
+        return tokens.patchify(latents, self.patch_size)
+
+    def unpatchify(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B C H W"]:
+        """Tokens (B, L, C * patch_size^2) to latents (B, C, H, W)."""
+        return tokens.unpatchify(x, self.patch_size, (self.seq_h, self.seq_w))
+
+    def class_embedding(self, labels: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
+        """One vector for each label; the fake latent for the label -1."""
+        embedded = self.class_emb(labels.clamp(min=0))                      # (B, D)
+        return torch.where((labels == NO_CLASS)[:, None], self.fake_latent, embedded)
+
+    def forward_encoder(
+        self, x: Float[Tensor, "B L C"], mask: Bool[Tensor, "B L"], labels: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B S D"]:
+        """Encode the known tokens, with the class in the buffer tokens in front of them.
+
+        x        (B, L, C) tokens; what stands at masked places is never used
+        mask     (B, L) bool, True = masked, the same number in each row
+        labels   (B,) int64, -1 = no class
+        returns  (B, buffer_size + known, D)
+        """
+        known = known_positions(mask)                                       # (B, K)
+        x = self.z_proj(take(x, known).to(self.z_proj.weight.dtype))        # (B, K, D)
+        x = x + take(self.encoder_pos_embed_learned[:, self.buffer_size :], known)
+        buffer = self.class_embedding(labels)[:, None]                      # (B, 1, D)
+        buffer = buffer + self.encoder_pos_embed_learned[:, : self.buffer_size]
+        x = self.z_proj_ln(torch.cat([buffer, x], dim=1))                   # (B, S, D)
+        return self.encoder_norm(self.run(self.encoder_blocks, x))          # (B, S, D)
+
+    def forward_decoder(
+        self, x: Float[Tensor, "B S D"], mask: Bool[Tensor, "B L"]
+    ) -> Float[Tensor, "B L E"]:
+        """Put a mask token where a token is missing, and compute z for every place.
+
+        x        (B, buffer_size + known, D) from `forward_encoder` under the same mask
+        mask     (B, L) bool, True = masked
+        returns  z (B, L, E), the head's condition
+        """
+        known = known_positions(mask)[..., None]                            # (B, K, 1)
+        x = self.decoder_embed(x)                                           # (B, S, E)
+        buffer, x = x[:, : self.buffer_size], x[:, self.buffer_size :]
+        full = self.mask_token.to(x.dtype).repeat(*mask.shape, 1)           # (B, L, E)
+        full = full.scatter(1, known.expand_as(x), x)                       # (B, L, E)
+        x = torch.cat([buffer, full], dim=1) + self.decoder_pos_embed_learned
+        x = self.decoder_norm(self.run(self.decoder_blocks, x))             # (B, buffer + L, E)
+        return x[:, self.buffer_size :] + self.diffusion_pos_embed_learned  # (B, L, E)
+
+    def run(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        for block in blocks:
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+    def forward(
+        self,
+        latents: Float[Tensor, "B C H W"],
+        labels: Tensor,
+        *,
+        mask: Bool[Tensor, "B L"] | None = None,
+        t: Int[Tensor, " R"] | None = None,
+        noise: Float[Tensor, "R D"] | None = None,
+        generator: torch.Generator | None = None,
+        return_terms: bool = False,
+    ) -> Float[Tensor, ""] | dict[str, Float[Tensor, ""]]:
+        """The training loss: hide tokens, predict each from the rest (MAR section 3.4).
+
+        latents       (B, C, H, W), scaled to standard deviation 1 (pixels: in [-1, 1])
+        labels        (B,) int64, -1 = no class; in training some more are dropped
+        mask          (B, L) bool, drawn if None: a ratio for the batch, an order for each image
+        t, noise      for R = diffusion_batch_mul * B * L rows, repetition-major, then batch, then
+                      position; drawn if None
+        return_terms  give all of the head's terms by name instead of the loss alone
+
+        Raises ValueError for wrong shapes, labels out of range or of a wrong type.
+        """
+        target = self.patchify(latents)                                     # (B, L, C)
+        labels = check_labels(labels, self.class_num, len(target))          # (B,)
+        if mask is None:
+            mask = self.draw_mask(len(target), generator).to(target.device)
+        if self.training and self.label_drop_prob > 0:
+            labels = self.drop_labels(labels, generator)
+        x = self.forward_encoder(target, mask, labels)                      # (B, S, D)
+        z = self.forward_decoder(x, mask)                                   # (B, L, E)
+        target, z, hidden = (
+            rows.flatten(0, 1).repeat(self.diffusion_batch_mul, *[1] * (rows.ndim - 2))
+            for rows in (target, z, mask)
+        )                                                                   # (R, C), (R, E), (R,)
+        given = {"t": t, "noise": noise, "generator": generator}
+        if return_terms:
+            return self.diffloss.terms(target, z, hidden, **given)
+        return self.diffloss(target, z, hidden, **given)
+
+    def draw_mask(
+        self, batch_size: int, generator: torch.Generator | None = None
+    ) -> Bool[Tensor, "B L"]:
+        """A training mask: one mask ratio for the batch, a random order for each image."""
+        ratio = masking.sample_mask_ratio(self.mask_ratio_min, generator)
+        order = masking.random(self.seq_h, self.seq_w, batch_size, generator)
+        return masking.mask_by_order(order, math.ceil(self.seq_len * ratio))
+
+    def drop_labels(
+        self, labels: Int[Tensor, " B"], generator: torch.Generator | None = None
+    ) -> Int[Tensor, " B"]:
+        """Replace a share of the labels by -1, so that the model also learns to do without."""
+        device = labels.device if generator is None else generator.device
+        chance = torch.rand(labels.shape, generator=generator, device=device).to(labels.device)
+        return labels.masked_fill(chance < self.label_drop_prob, NO_CLASS)
+
+
+def known_positions(mask: Bool[Tensor, "B L"]) -> Int[Tensor, "B K"]:
+    """Positions of the known tokens of each row, ascending.
+
+    Raises ValueError if the rows do not have the same number of known tokens.
+    """
+    counts = (~mask).sum(1)
+    least, most = (int(n) for n in counts.aminmax())
+    if least != most:
+        row = int((counts != counts[0]).nonzero()[0])
+        raise ValueError(
+            f"row 0 of the mask has {int(counts[0])} known tokens, row {row} has "
+            f"{int(counts[row])}; expected the same number in each row of a batch, so split it"
+        )
+    return mask.int().argsort(dim=1, stable=True)[:, :most]
+
+
+def take(x: Float[Tensor, "A L D"], positions: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
+    """x at those positions of each row; x may have one row for all."""
+    x = x.expand(len(positions), -1, -1)
+    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def check_labels(labels, class_num: int, batch_size: int | None = None) -> Int[Tensor, " B"]:
+    """Class labels as an int64 tensor (B,), each -1 (no class) to class_num - 1.
+
+    Raises ValueError that says what came instead.
+    """
+    labels = torch.as_tensor(labels)
+    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise ValueError(
+            f"labels are {labels.dtype}; expected whole numbers (int64), the index of a class"
+        )
+    if labels.ndim != 1 or (batch_size is not None and len(labels) != batch_size):
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}; expected "
+            f"({'B' if batch_size is None else batch_size},), one for each image"
+        )
+    labels = labels.long()
+    bad = labels[(labels < NO_CLASS) | (labels >= class_num)]
+    if len(bad):
+        raise ValueError(
+            f"label {int(bad[0])} is out of range; expected 0 to {class_num - 1}, or -1 for no class"
+        )
+    return labels

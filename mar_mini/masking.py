@@ -1,0 +1,203 @@
+"""Which tokens are hidden, in what order they are generated, and how many at a time.
+
+An `order` is int64 (B, L), each row a permutation of the raster positions, **first to last**:
+`order[:, 0]` is generated first. A `mask` is bool (B, L), True = still to be predicted.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+Order = Callable[[int, int, int, torch.Generator | None], Tensor]
+
+
+def random(
+    height: int, width: int, batch_size: int, generator: torch.Generator | None = None
+) -> Int[Tensor, "B L"]:
+    """A different random permutation for each image (MAR section 3.4)."""
+    device = "cpu" if generator is None else generator.device
+    return torch.rand(batch_size, height * width, generator=generator, device=device).argsort(dim=1)
+
+
+def raster(height, width, batch_size, generator=None) -> Int[Tensor, "B L"]:
+    """Left to right, top to bottom, as one reads."""
+    return torch.arange(height * width).expand(batch_size, -1)
+
+
+def reversed_raster(height, width, batch_size, generator=None) -> Int[Tensor, "B L"]:
+    """Raster backwards: from the lower right corner to the upper left one."""
+    return raster(height, width, batch_size).flip(1)
+
+
+def spiral(height, width, batch_size, generator=None) -> Int[Tensor, "B L"]:
+    """Clockwise from the upper left corner inwards."""
+    grid = torch.arange(height * width).reshape(height, width)
+    turns = []
+    while grid.numel():
+        turns.append(grid[0])
+        grid = grid[1:].T.flip(0)  # what is left, turned so that the next side lies on top
+    return torch.cat(turns).expand(batch_size, -1)
+
+
+def centre_out(height, width, batch_size, generator=None) -> Int[Tensor, "B L"]:
+    """By distance from the centre, nearest first; ties in raster order."""
+    y = torch.arange(height)[:, None] - (height - 1) / 2
+    x = torch.arange(width)[None, :] - (width - 1) / 2
+    return (y**2 + x**2).flatten().argsort(stable=True).expand(batch_size, -1)
+
+
+def checkerboard(height, width, batch_size, generator=None) -> Int[Tensor, "B L"]:
+    """All fields of one colour in random order, then those of the other."""
+    y, x = torch.arange(height)[:, None], torch.arange(width)[None, :]
+    colour = ((y + x) % 2).flatten()
+    shuffled = random(height, width, batch_size, generator)
+    return shuffled.gather(1, colour.to(shuffled.device)[shuffled].argsort(dim=1, stable=True))
+
+
+def halton(height, width, batch_size, generator=None) -> Int[Tensor, "B L"]:
+    """Evenly spread at every moment: cells in the order in which a Halton sequence visits them.
+
+    Bases 2 (rows) and 3 (columns). Source: Halton 1960; as an order for masked image models
+    Besnier et al. 2025.
+    """
+    seen: dict[int, None] = {}
+    i = 0
+    while len(seen) < height * width:
+        i += 1
+        row, column = int(radical_inverse(i, 2) * height), int(radical_inverse(i, 3) * width)
+        seen.setdefault(row * width + column)
+    return torch.tensor(list(seen)).expand(batch_size, -1)
+
+
+def radical_inverse(i: int, base: int) -> float:
+    """The digits of i in a base, mirrored at the decimal point: 6 = 110 in base 2 gives 0.011."""
+    value, scale = 0.0, 1.0
+    while i:
+        scale /= base
+        i, digit = divmod(i, base)
+        value += digit * scale
+    return value
+
+
+ORDERS: dict[str, Order] = {
+    "random": random,
+    "raster": raster,
+    "reversed_raster": reversed_raster,
+    "spiral": spiral,
+    "centre_out": centre_out,
+    "checkerboard": checkerboard,
+    "halton": halton,
+}
+
+
+def choose(kind: str, name: str, known: dict):
+    """The entry of that name. Raises ValueError that lists the names which exist."""
+    if name not in known:
+        raise ValueError(f"unknown {kind} {name!r}; expected one of: {', '.join(known)}")
+    return known[name]
+
+
+def make_order(
+    order: str | Order,
+    height: int,
+    width: int,
+    batch_size: int,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, "B L"]:
+    """An order by name or from a function, checked to be one.
+
+    order    a key of `ORDERS`, or a callable (height, width, batch_size, generator) -> (B, L)
+    returns  int64 (B, L), each row a permutation of 0 .. L - 1, first to last
+
+    Raises ValueError for an unknown name, or if the callable returns anything else.
+    """
+    function = order if callable(order) else choose("order", order, ORDERS)
+    result = function(height, width, batch_size, generator)
+    length, name = height * width, getattr(function, "__name__", "the order function")
+    if not isinstance(result, Tensor) or result.dtype != torch.int64:
+        got = result.dtype if isinstance(result, Tensor) else type(result).__name__
+        raise ValueError(f"{name} returned {got}; expected an int64 tensor ({batch_size}, {length})")
+    if result.shape != (batch_size, length):
+        raise ValueError(
+            f"{name} returned shape {tuple(result.shape)}; expected ({batch_size}, {length}), one "
+            f"row an image and one entry for each place of the {height}x{width} grid"
+        )
+    expected = torch.arange(length, device=result.device)
+    wrong = (result.sort(1).values != expected).any(1).nonzero().flatten()
+    if len(wrong):
+        raise ValueError(
+            f"row {int(wrong[0])} of what {name} returned is not a permutation of 0 to "
+            f"{length - 1}; each place of the {height}x{width} grid must come exactly once"
+        )
+    return result
+
+
+def mask_by_order(order: Int[Tensor, "B L"], num_masked: int) -> Bool[Tensor, "B L"]:
+    """Mask the tokens whose turn comes last.
+
+    order       int64 (B, L), first to last
+    num_masked  how many tokens of each row are still to be predicted
+    returns     bool (B, L), True = masked
+    """
+    mask = torch.zeros_like(order, dtype=torch.bool)
+    return mask.scatter_(1, order[:, order.shape[1] - num_masked :], True)
+
+
+def sample_mask_ratio(
+    mask_ratio_min: float, generator: torch.Generator | None = None, std: float = 0.25
+) -> float:
+    """Share of the tokens to hide in a training step: one number for the whole batch.
+
+    A normal distribution of mean 1 and standard deviation 0.25, cut off outside
+    [mask_ratio_min, 1] (MAR section 4); its mean is 0.867 for 0.7.
+    """
+    normal = torch.distributions.Normal(0.0, 1.0)
+    lowest = normal.cdf(torch.tensor((mask_ratio_min - 1.0) / std, dtype=torch.float64))
+    u = torch.rand((), generator=generator, dtype=torch.float64,
+                   device="cpu" if generator is None else generator.device).cpu()  # fmt: skip
+    ratio = 1.0 + std * normal.icdf(lowest + u * (0.5 - lowest))
+    return min(1.0, max(mask_ratio_min, float(ratio)))
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda u: math.cos(math.pi / 2 * u),
+    "linear": lambda u: 1.0 - u,
+}
+
+
+def masked_after(
+    length: int, num_iter: int, schedule: str | Callable[[float], float] = "cosine"
+) -> list[int]:
+    """How many tokens are still masked after each of `num_iter` steps; the last entry is 0.
+
+    schedule  "cosine" (few tokens at first, many at the end; MAR section 3.4, after MaskGIT),
+              "linear", or a function of the share of steps done, from 1 down to 0
+
+    Each step predicts at least one token. Raises ValueError for a number of steps below 1 or
+    above `length`, or an unknown schedule.
+    """
+    if not 1 <= num_iter <= length:
+        raise ValueError(
+            f"num_iter is {num_iter}; expected 1 to {length}, since each step predicts at least "
+            f"one of the {length} tokens"
+        )
+    share = schedule if callable(schedule) else choose("schedule", schedule, SCHEDULES)
+    masked = [length]
+    for i in range(1, num_iter):
+        left = math.floor(length * share(i / num_iter))
+        masked.append(max(num_iter - i, min(masked[-1] - 1, left)))
+    return [*masked[1:], 0]
+
+
+def tokens_per_step(
+    length: int, num_iter: int, schedule: str | Callable[[float], float] = "cosine"
+) -> list[int]:
+    """How many of `length` tokens each of `num_iter` steps predicts: at least 1, in all `length`.
+
+    Arguments and errors as for `masked_after`.
+    """
+    masked = [length, *masked_after(length, num_iter, schedule)]
+    return [before - after for before, after in zip(masked, masked[1:], strict=False)]

@@ -1,0 +1,206 @@
+"""The autoregressive loop: a few tokens at a time, in any order (MAR section 3.4)."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mar_mini.diffloss import Generators
+from mar_mini.mar import MAR, NO_CLASS, check_labels
+from mar_mini.masking import Order, choose, make_order, mask_by_order, masked_after
+
+CfgSchedule = Callable[[float, int, int], float]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The state after one autoregressive step.
+
+    step       0 for the first
+    tokens     (B, L, C) float32; zero where still masked
+    predicted  (B, L) bool, True = predicted in this step
+    mask       (B, L) bool, True = still masked
+    """
+
+    step: int
+    tokens: Tensor
+    predicted: Tensor
+    mask: Tensor
+
+
+def constant_cfg(cfg: float, num_masked: int, length: int) -> float:
+    """The same guidance weight in each step."""
+    return cfg
+
+
+def linear_cfg(cfg: float, num_masked: int, length: int) -> float:
+    """From 1 to almost cfg, in step with the share of tokens that are known (MAR appendix B)."""
+    return 1.0 + (cfg - 1.0) * (length - num_masked) / length
+
+
+CFG_SCHEDULES: dict[str, CfgSchedule] = {"linear": linear_cfg, "constant": constant_cfg}
+
+
+def sample(
+    model: MAR,
+    labels: Tensor | list[int] | None = None,
+    *,
+    batch_size: int | None = None,
+    num_iter: int,
+    cfg: float = 1.0,
+    cfg_schedule: str | CfgSchedule = "linear",
+    temperature: float = 1.0,
+    num_sampling_steps: int | None = None,
+    clip: float | None = None,
+    order: str | Order | Tensor = "random",
+    generator: Generators = None,
+    tokens: Tensor | None = None,
+    known: Tensor | None = None,
+) -> Iterator[Frame]:
+    """Generate tokens step by step; each step yields a `Frame`.
+
+    labels              (B,) classes, -1 = none; None for `batch_size` images without class
+    num_iter            autoregressive steps, 1 to L (to the number of unknown tokens)
+    cfg                 guidance weight; 1 = none. Without labels it has nothing to guide
+    cfg_schedule        "linear", "constant", or (cfg, num_masked, length) -> weight of a step
+    temperature         scale of the noise that the diffusion injects
+    num_sampling_steps  diffusion steps, 2 to 1000; the model's default if None
+    clip                bound on |x0|; see `mar_mini.diffusion` on the terminal step
+    order               name, function (see `masking`) or int64 (B, L), first to last
+    generator           one torch.Generator, or a list of B: each image then depends on its own
+                        generator alone, not on the batch. Contract: at each step the tokens to
+                        predict are taken batch-major, positions ascending; see `DiffLoss.sample`
+    tokens, known       (B, L, C) and bool (B, L), True = given: these stay as they are to the bit
+                        and the rest is painted in; the same number in each row
+
+    Raises ValueError for anything that does not fit, before the first step.
+    """
+    length, device = model.seq_len, next(model.parameters()).device
+    labels = resolve_labels(labels, batch_size, model, tokens).to(device)
+    batch_size = len(labels)
+    if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
+        raise ValueError(f"{len(generator)} generators for {batch_size} images; pass one for each")
+    tokens, mask = start(model, batch_size, tokens, known)
+    order = resolve_order(order, model, batch_size, generator).to(device)
+    weight_of = (
+        cfg_schedule if callable(cfg_schedule)
+        else choose("cfg_schedule", cfg_schedule, CFG_SCHEDULES)
+    )  # fmt: skip
+    # the places that are masked, in their turn: stable sort moves the known ones to the front
+    turn = order.gather(1, mask.gather(1, order).int().argsort(dim=1, stable=True))
+    guided = bool((labels != NO_CLASS).any())
+
+    def steps() -> Iterator[Frame]:
+        nonlocal tokens, mask
+        for step, num_masked in enumerate(masked_after(int(mask[0].sum()), num_iter)):
+            still = mask_by_order(turn, num_masked)
+            predicted = mask & ~still
+            # the published loop counts one token as masked in the last step as well
+            weight = weight_of(cfg, max(1, num_masked), length) if guided else 1.0
+            drawn = predict(
+                model, tokens, mask, labels, predicted, weight,
+                temperature=temperature, clip=clip, num_sampling_steps=num_sampling_steps,
+                generator=generator,
+            )  # fmt: skip
+            tokens = tokens.masked_scatter(predicted[..., None], drawn)
+            mask = still
+            yield Frame(step, tokens, predicted, mask)
+
+    masked_after(int(mask[0].sum()), num_iter)  # refuse a wrong num_iter now, not at the first step
+    return steps()
+
+
+def generate(model: MAR, labels=None, **arguments) -> Float[Tensor, "B L C"]:
+    """All steps of `sample`, with the same arguments; returns the last frame's tokens."""
+    return deque(sample(model, labels, **arguments), maxlen=1)[0].tokens
+
+
+@torch.no_grad()
+def predict(
+    model: MAR, tokens: Tensor, mask: Tensor, labels: Tensor, predicted: Tensor, cfg: float,
+    **head_arguments,
+) -> Float[Tensor, "N C"]:  # fmt: skip
+    """Draw the tokens at the `predicted` places, batch-major, from all that are known.
+
+    With guidance the batch runs twice, the second half without its labels.
+    """
+    with evaluating(model):
+        if cfg == 1.0:
+            z = model.forward_decoder(model.forward_encoder(tokens, mask, labels), mask)
+            return model.diffloss.sample(z[predicted], **head_arguments)
+        both = torch.cat([labels, torch.full_like(labels, NO_CLASS)])           # (2B,)
+        tokens, mask = tokens.repeat(2, 1, 1), mask.repeat(2, 1)                # (2B, L, ...)
+        z = model.forward_decoder(model.forward_encoder(tokens, mask, both), mask)
+        z, z_uncond = z.chunk(2)                                                # 2 x (B, L, E)
+        return model.diffloss.sample(z[predicted], z_uncond[predicted], cfg=cfg, **head_arguments)
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module):
+    """Dropout off for the moment, so that a model may be sampled in the middle of its training."""
+    training = model.training
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train(training)
+
+
+def resolve_labels(labels, batch_size: int | None, model: MAR, tokens: Tensor | None) -> Tensor:
+    if labels is None:
+        if batch_size is None:
+            batch_size = None if tokens is None else len(tokens)
+        if batch_size is None or batch_size < 1:
+            raise ValueError(
+                f"batch_size is {batch_size}; pass labels, or how many images to make without class"
+            )
+        return torch.full((batch_size,), NO_CLASS)
+    return check_labels(labels, model.class_num, batch_size)
+
+
+def resolve_order(order, model: MAR, batch_size: int, generator: Generators) -> Tensor:
+    """The order as int64 (B, L); with a list of generators each image's row comes from its own."""
+    if isinstance(order, Tensor):
+
+        def given_order(*_):
+            return order
+
+        return make_order(given_order, model.seq_h, model.seq_w, batch_size)
+    if isinstance(generator, (list, tuple)):
+        rows = [make_order(order, model.seq_h, model.seq_w, 1, g) for g in generator]
+        return torch.cat(rows)
+    return make_order(order, model.seq_h, model.seq_w, batch_size, generator)
+
+
+def start(
+    model: MAR, batch_size: int, tokens: Tensor | None, known: Tensor | None
+) -> tuple[Float[Tensor, "B L C"], Bool[Tensor, "B L"]]:
+    """The tokens and the mask that generation begins from: nothing known, or what was given."""
+    shape, device = (batch_size, model.seq_len, model.token_embed_dim), model.fake_latent.device
+    if (tokens is None) != (known is None):
+        raise ValueError("expected both `tokens` and `known`, or neither; got one of the two")
+    if tokens is None or known is None:
+        return torch.zeros(shape, device=device), torch.ones(
+            shape[:2], dtype=torch.bool, device=device
+        )
+    if tuple(tokens.shape) != shape:
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)}; expected {shape}")
+    if known.dtype != torch.bool or tuple(known.shape) != shape[:2]:
+        raise ValueError(
+            f"known is {known.dtype} {tuple(known.shape)}; expected bool {shape[:2]}, True = given"
+        )
+    counts = known.sum(1)
+    if (counts != counts[0]).any():
+        row = int((counts != counts[0]).nonzero()[0])
+        raise ValueError(
+            f"row 0 of known has {int(counts[0])} given tokens, row {row} has {int(counts[row])}; "
+            "expected the same number in each row, so paint such images one by one"
+        )
+    if known.all():
+        raise ValueError("every token is known: there is nothing to generate")
+    known = known.to(device)
+    return tokens.to(device).float().masked_fill(~known[..., None], 0.0), ~known

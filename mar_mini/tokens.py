@@ -1,0 +1,65 @@
+"""Images or latents to a sequence of tokens, and back."""
+
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+
+def grid_side(img_size: int, vae_stride: int, patch_size: int) -> int:
+    """Tokens along one side of a square image.
+
+    Raises ValueError if the image cannot be cut into whole tokens.
+    """
+    cell = vae_stride * patch_size
+    if img_size < cell or img_size % cell:
+        raise ValueError(
+            f"image size {img_size} is not a multiple of vae_stride * patch_size = {cell}; "
+            f"crop or pad to {max(1, -(-img_size // cell)) * cell}"
+        )
+    return img_size // cell
+
+
+def patchify(latents: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor, "B L D"]:
+    """Cut each image into square patches and lay each patch out as one token.
+
+    latents  (B, C, H, W) float, any range
+    returns  (B, L, D) with L = H/p * W/p in raster order and D = C * p * p; inside a token the
+             order is channel, row, column
+
+    Raises ValueError if `patch_size` does not divide H and W.
+    """
+    height, width = latents.shape[-2:]
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"patch_size {patch_size} does not divide the {height}x{width} input; crop or pad it to "
+            f"{-(-height // patch_size) * patch_size}x{-(-width // patch_size) * patch_size}"
+        )
+    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
+
+
+def unpatchify(
+    tokens: Float[Tensor, "B L D"], patch_size: int, grid: tuple[int, int] | None = None
+) -> Float[Tensor, "B C H W"]:
+    """Put tokens back into their places: the inverse of `patchify`.
+
+    tokens   (B, L, D) float
+    grid     (rows, columns) of tokens; a square by default
+    returns  (B, D / p^2, rows * p, columns * p)
+
+    Raises ValueError if L is not rows * columns or D is not a multiple of p^2.
+    """
+    length, dim = tokens.shape[1:]
+    side = round(length**0.5)
+    rows, columns = grid or (side, side)
+    if rows * columns != length:
+        raise ValueError(
+            f"{length} tokens do not fill a {rows}x{columns} grid; pass grid=(rows, columns)"
+        )
+    if dim % patch_size**2:
+        raise ValueError(
+            f"token width {dim} is not a multiple of patch_size^2 = {patch_size**2}; "
+            "use the patch size that made the tokens"
+        )
+    return rearrange(
+        tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, w=columns, p=patch_size, q=patch_size
+    )

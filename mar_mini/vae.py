@@ -1,0 +1,275 @@
+"""The KL autoencoder: image <-> latent (Rombach et al. 2022; MAR section 4, "KL-16").
+
+Names and shapes are those of the published weights, so that `kl16` loads them without renaming.
+"""
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class DiagonalGaussian:
+    """One independent normal distribution for each latent value.
+
+    moments  (B, 2C, H, W): the means, then the log variances (clamped to [-30, 20])
+    """
+
+    def __init__(self, moments: Float[Tensor, "B C2 H W"]):
+        self.mean, logvar = moments.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+
+    def sample(self, generator: torch.Generator | None = None) -> Float[Tensor, "B C H W"]:
+        """Draw mean + std * noise, differentiable in both (Kingma & Welling 2014, section 2.4)."""
+        return self.mean + torch.exp(0.5 * self.logvar) * randn_like(self.mean, generator)
+
+    def mode(self) -> Float[Tensor, "B C H W"]:
+        """The most likely latent: the mean."""
+        return self.mean
+
+    def kl(self) -> Float[Tensor, " B"]:
+        """KL divergence from the standard normal in nats, summed over C, H and W."""
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
+
+
+def randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal noise of the shape, dtype and device of x, drawn on the generator's device."""
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+
+
+def norm(channels: int, num_groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(num_groups, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int, dropout: float = 0.0):
+        super().__init__()
+        self.norm1 = norm(in_channels, num_groups)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = norm(out_channels, num_groups)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:                      # (B, C_in, H, W)
+        h = self.conv1(F.silu(self.norm1(x)))                    # (B, C_out, H, W)
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))      # (B, C_out, H, W)
+        shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+        return shortcut + h                                      # (B, C_out, H, W)
+
+
+class AttnBlock(nn.Module):
+    """Self-attention of one head over all H * W places of a feature map."""
+
+    def __init__(self, channels: int, num_groups: int):
+        super().__init__()
+        self.norm = norm(channels, num_groups)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:                                 # (B, C, H, W)
+        h = self.norm(x)                                                    # (B, C, H, W)
+        q, k, v = (f(h).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))  # (B, 1, HW, C)
+        h = F.scaled_dot_product_attention(q, k, v)                         # (B, 1, HW, C)
+        return x + self.proj_out(h[:, 0].mT.reshape(x.shape))               # (B, C, H, W)
+
+
+class Downsample(nn.Module):
+    """Halve the resolution; one row and column of zeros go to the right and below only."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the resolution by repeating each value, then smooth with a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int, num_groups: int):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, num_groups)
+        self.attn_1 = AttnBlock(channels, num_groups)
+        self.block_2 = ResnetBlock(channels, channels, num_groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Level(nn.Module):
+    """All residual blocks of one resolution, each with attention behind it where asked for."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, num_blocks: int, attention: bool, num_groups: int
+    ):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_blocks
+        self.block = nn.ModuleList(
+            ResnetBlock(a, b, num_groups) for a, b in zip(widths, widths[1:], strict=False)
+        )
+        self.attn = nn.ModuleList(
+            AttnBlock(out_channels, num_groups) for _ in range(num_blocks if attention else 0)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        for resample in ("downsample", "upsample"):
+            if hasattr(self, resample):
+                x = getattr(self, resample)(x)
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(
+        self, ch, ch_mult, num_res_blocks, attn_resolutions, resolution, in_channels, z_channels,
+        num_groups,
+    ):  # fmt: skip
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        width = ch
+        for i, mult in enumerate(ch_mult):
+            attention = resolution // 2**i in attn_resolutions
+            level = Level(width, ch * mult, num_res_blocks, attention, num_groups)
+            width = ch * mult
+            if i < len(ch_mult) - 1:
+                level.downsample = Downsample(width)
+            self.down.append(level)
+        self.mid = Middle(width, num_groups)
+        self.norm_out = norm(width, num_groups)
+        self.conv_out = nn.Conv2d(width, 2 * z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:                # (B, 3, H, W)
+        x = self.conv_in(x)                                # (B, ch, H, W)
+        for level in self.down:
+            x = level(x)                                   # (B, ch * mult, H / 2, W / 2) ...
+        x = self.mid(x)                                    # (B, width, h, w)
+        return self.conv_out(F.silu(self.norm_out(x)))     # (B, 2 * z_channels, h, w)
+
+
+class Decoder(nn.Module):
+    """The encoder backwards, with one residual block more on each level and no attention there."""
+
+    def __init__(self, ch, ch_mult, num_res_blocks, out_channels, z_channels, num_groups):
+        super().__init__()
+        width = ch * ch_mult[-1]
+        self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
+        self.mid = Middle(width, num_groups)
+        levels = []
+        for i, mult in reversed(list(enumerate(ch_mult))):
+            level = Level(width, ch * mult, num_res_blocks + 1, False, num_groups)
+            width = ch * mult
+            if i > 0:
+                level.upsample = Upsample(width)
+            levels.append(level)
+        self.up = nn.ModuleList(reversed(levels))  # up[0] is the full resolution, and runs last
+        self.norm_out = norm(width, num_groups)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:                # (B, z_channels, h, w)
+        x = self.mid(self.conv_in(z))                      # (B, width, h, w)
+        for level in reversed(self.up):
+            x = level(x)                                   # (B, ch * mult, 2h, 2w) ...
+        return self.conv_out(F.silu(self.norm_out(x)))     # (B, 3, H, W)
+
+
+class AutoencoderKL(nn.Module, PyTorchModelHubMixin):
+    """Variational autoencoder whose latents are what MAR generates.
+
+    ch                width of the first level; level i has ch * ch_mult[i] channels
+    ch_mult           one factor a level; each level but the last halves the resolution
+    num_res_blocks    residual blocks a level in the encoder (the decoder has one more)
+    attn_resolutions  resolutions at which the encoder's levels have attention
+    resolution        side of the training images, in pixels (only decides where attention goes)
+    z_channels        channels of the latent
+    in_channels       channels of the image
+    num_groups        groups of every GroupNorm (32 in the published model)
+
+    Raises ValueError if `num_groups` does not divide a level's width or the resolution cannot be
+    halved often enough. Source: MAR section 4; the architecture of Rombach et al. 2022.
+    """
+
+    def __init__(
+        self,
+        ch: int = 128,
+        ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4),
+        num_res_blocks: int = 2,
+        attn_resolutions: tuple[int, ...] = (16,),
+        resolution: int = 256,
+        z_channels: int = 16,
+        in_channels: int = 3,
+        num_groups: int = 32,
+    ):
+        super().__init__()
+        odd = [ch * m for m in ch_mult if ch * m % num_groups]
+        if odd:
+            raise ValueError(
+                f"num_groups {num_groups} does not divide a level's {odd[0]} channels; "
+                "choose num_groups so that it divides ch * every ch_mult"
+            )
+        self.stride = 2 ** (len(ch_mult) - 1)
+        if resolution % self.stride:
+            raise ValueError(
+                f"resolution {resolution} is not a multiple of 2^(levels - 1) = {self.stride}; "
+                "use fewer levels in ch_mult or another resolution"
+            )
+        self.in_channels, self.z_channels = in_channels, z_channels
+        self.encoder = Encoder(
+            ch, ch_mult, num_res_blocks, attn_resolutions, resolution, in_channels, z_channels,
+            num_groups,
+        )  # fmt: skip
+        self.decoder = Decoder(ch, ch_mult, num_res_blocks, in_channels, z_channels, num_groups)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
+        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
+
+    def encode(self, images: Float[Tensor, "B C H W"]) -> DiagonalGaussian:
+        """The distribution of the latents of some images.
+
+        images   (B, in_channels, H, W) float in [-1, 1]
+        returns  a `DiagonalGaussian` over (B, z_channels, H / stride, W / stride)
+
+        Raises ValueError for another number of channels or a size that does not divide.
+        """
+        channels, height, width = images.shape[1:]
+        if channels != self.in_channels or height % self.stride or width % self.stride:
+            raise ValueError(
+                f"expected images (B, {self.in_channels}, H, W) with H and W multiples of "
+                f"{self.stride}, got {tuple(images.shape)}; convert, crop or pad them"
+            )
+        return DiagonalGaussian(self.quant_conv(self.encoder(images)))
+
+    def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D H2 W2"]:
+        """Latents (B, z_channels, h, w), unscaled, to images (B, in_channels, H, W), about [-1, 1]."""
+        if latents.shape[1] != self.z_channels:
+            raise ValueError(
+                f"expected latents (B, {self.z_channels}, h, w), got {tuple(latents.shape)}"
+            )
+        return self.decoder(self.post_quant_conv(latents))
+
+    def forward(
+        self, images: Float[Tensor, "B C H W"], generator: torch.Generator | None = None
+    ) -> tuple[Float[Tensor, "B C H W"], DiagonalGaussian]:
+        """Encode, draw a latent, decode: (reconstruction, posterior), as in training."""
+        posterior = self.encode(images)
+        return self.decode(posterior.sample(generator)), posterior
