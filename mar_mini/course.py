@@ -88,6 +88,7 @@ def execute(notebook, folder: Path, *, strict: bool) -> None:
         record_timing=False,
         store_widget_state=False,
         coalesce_streams=True,
+        extra_arguments=["--log-level=ERROR"],  # no warning that local traffic is not encrypted
         on_cell_start=at.update,
     )
     try:
