@@ -80,7 +80,7 @@ class Diffusion:
 
     @staticmethod
     def at(table: Float[Tensor, " T"], t: int | Int[Tensor, " N"]) -> float | Tensor:
-        """Entries of a table: a number for one t, a float32 column (N, 1) on t's device for many."""
+        """Entries of a table: a number for one t, a float32 column (N, 1) for many."""
         if isinstance(t, int):
             return float(table[t])
         return table.to(t.device)[t].float()[:, None]

@@ -17,3 +17,10 @@ def nearest_class(
 ) -> Int[Tensor, " N"]:
     """The class whose mean image is nearest in pixels (Euclidean), (N,) int64."""
     return torch.cdist(images.flatten(1), means.flatten(1)).argmin(1)
+
+
+def recognised(
+    images: Float[Tensor, "N C H W"], asked: Int[Tensor, " N"], means: Float[Tensor, "K C H W"]
+) -> float:
+    """Share of the images that `nearest_class` takes for the class that was asked for."""
+    return float((nearest_class(images, means) == asked.to(images.device)).double().mean())

@@ -213,14 +213,33 @@ class MAR(nn.Module, PyTorchModelHubMixin):
             labels = self.drop_labels(labels, generator)
         x = self.forward_encoder(target, mask, labels)                      # (B, S, D)
         z = self.forward_decoder(x, mask)                                   # (B, L, E)
-        target, z, hidden = (
-            rows.flatten(0, 1).repeat(self.diffusion_batch_mul, *[1] * (rows.ndim - 2))
-            for rows in (target, z, mask)
-        )                                                                   # (R, C), (R, E), (R,)
+        # the head sees the masked tokens alone, each diffusion_batch_mul times
+        target, z, t, noise = self.masked_rows(target, z, mask, t, noise)   # (M, C), (M, E), ...
         given = {"t": t, "noise": noise, "generator": generator}
-        if return_terms:
-            return self.diffloss.terms(target, z, hidden, **given)
-        return self.diffloss(target, z, hidden, **given)
+        return self.diffloss.terms(target, z, **given) if return_terms else self.diffloss(
+            target, z, **given
+        )
+
+    def masked_rows(
+        self, target: Tensor, z: Tensor, mask: Tensor, t: Tensor | None, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Rows (M, ...) of the masked tokens, repetition-major; M = diffusion_batch_mul * masked.
+
+        Raises ValueError if t or noise do not have one row for each token and repetition.
+        """
+        repeat = self.diffusion_batch_mul
+        rows = repeat * mask.numel()
+        for name, given in (("t", t), ("noise", noise)):
+            if given is not None and len(given) != rows:
+                raise ValueError(
+                    f"{name} has {len(given)} rows; expected diffusion_batch_mul * B * L = {rows}"
+                )
+        hidden = mask.flatten()                                             # (B * L,)
+        t, noise = (
+            x if x is None else x.unflatten(0, (repeat, -1))[:, hidden].flatten(0, 1)
+            for x in (t, noise)
+        )
+        return target[mask].repeat(repeat, 1), z[mask].repeat(repeat, 1), t, noise
 
     def draw_mask(
         self, batch_size: int, generator: torch.Generator | None = None
@@ -280,6 +299,6 @@ def check_labels(labels, class_num: int, batch_size: int | None = None) -> Int[T
     bad = labels[(labels < NO_CLASS) | (labels >= class_num)]
     if len(bad):
         raise ValueError(
-            f"label {int(bad[0])} is out of range; expected 0 to {class_num - 1}, or -1 for no class"
+            f"label {int(bad[0])} is out of range; expected 0 to {class_num - 1}, or -1 for none"
         )
     return labels

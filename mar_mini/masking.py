@@ -6,6 +6,7 @@ An `order` is int64 (B, L), each row a permutation of the raster positions, **fi
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Int
@@ -119,7 +120,7 @@ def make_order(
     length, name = height * width, getattr(function, "__name__", "the order function")
     if not isinstance(result, Tensor) or result.dtype != torch.int64:
         got = result.dtype if isinstance(result, Tensor) else type(result).__name__
-        raise ValueError(f"{name} returned {got}; expected an int64 tensor ({batch_size}, {length})")
+        raise ValueError(f"{name} returned {got}; expected int64 ({batch_size}, {length})")
     if result.shape != (batch_size, length):
         raise ValueError(
             f"{name} returned shape {tuple(result.shape)}; expected ({batch_size}, {length}), one "
@@ -200,4 +201,4 @@ def tokens_per_step(
     Arguments and errors as for `masked_after`.
     """
     masked = [length, *masked_after(length, num_iter, schedule)]
-    return [before - after for before, after in zip(masked, masked[1:], strict=False)]
+    return [before - after for before, after in pairwise(masked)]

@@ -31,7 +31,7 @@ def patchify(latents: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor
     height, width = latents.shape[-2:]
     if height % patch_size or width % patch_size:
         raise ValueError(
-            f"patch_size {patch_size} does not divide the {height}x{width} input; crop or pad it to "
+            f"patch_size {patch_size} does not divide the {height}x{width} input; crop or pad to "
             f"{-(-height // patch_size) * patch_size}x{-(-width // patch_size) * patch_size}"
         )
     return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)

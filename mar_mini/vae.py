@@ -3,6 +3,8 @@
 Names and shapes are those of the published weights, so that `kl16` loads them without renaming.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
@@ -34,7 +36,7 @@ class DiagonalGaussian:
 
 
 def randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal noise of the shape, dtype and device of x, drawn on the generator's device."""
+    """Standard normal noise like x, drawn on the generator's device."""
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
 
@@ -123,7 +125,7 @@ class Level(nn.Module):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
         self.block = nn.ModuleList(
-            ResnetBlock(a, b, num_groups) for a, b in zip(widths, widths[1:], strict=False)
+            ResnetBlock(a, b, num_groups) for a, b in pairwise(widths)
         )
         self.attn = nn.ModuleList(
             AttnBlock(out_channels, num_groups) for _ in range(num_blocks if attention else 0)
@@ -260,7 +262,7 @@ class AutoencoderKL(nn.Module, PyTorchModelHubMixin):
         return DiagonalGaussian(self.quant_conv(self.encoder(images)))
 
     def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D H2 W2"]:
-        """Latents (B, z_channels, h, w), unscaled, to images (B, in_channels, H, W), about [-1, 1]."""
+        """Unscaled latents (B, z_channels, h, w) to images (B, in_channels, H, W)."""
         if latents.shape[1] != self.z_channels:
             raise ValueError(
                 f"expected latents (B, {self.z_channels}, h, w), got {tuple(latents.shape)}"

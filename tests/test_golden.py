@@ -8,7 +8,6 @@ import torch
 from golden_values import REFERENCE, fill, golden, relative_error, rnd
 
 from mar_mini import MAR, AutoencoderKL, DiffLoss, Diffusion, generate
-from mar_mini.diffloss import SimpleMLPAdaLN
 from mar_mini.masking import tokens_per_step
 
 KEYS = sorted(REFERENCE.files)

@@ -26,7 +26,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Failed", "close", "equal", "exercise", "same_dtype", "same_shape"]
+__all__ = ["Failed", "close", "equal", "exercise", "refuse_mistakes", "same_dtype", "same_shape"]
 
 T = TypeVar("T")
 GOES_ON = "the notebook goes on with the package's"
@@ -128,6 +128,23 @@ def equal(got: object, want: object, what: str) -> None:
         raise Failed(f"{what} is {_kind(got)}, expected {want!r} ({type(want).__name__})")
     elif got != want:
         raise Failed(f"{what} is {got!r}, expected {want!r}")
+
+
+def refuse_mistakes(got: object, want: object, mistakes: dict[str, object], what: str) -> None:
+    """Expect anything but a known mistake; raises `Failed` with the name of the one that came.
+
+    mistakes: what a wrong idea would have given, by a sentence that says which idea it is. One
+        that happens to give what is wanted is passed over.
+    """
+    for idea, value in mistakes.items():
+        if _same(got, value) and not _same(value, want):
+            raise Failed(f"{what} {idea}")
+
+
+def _same(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.allclose(a.double(), b.double())
+    return type(a) is type(b) and a == b
 
 
 def _all_good(good: Tensor, got: Tensor, want: Tensor, what: str) -> None:

@@ -1,0 +1,3 @@
+from mar_mini.cli import main
+
+main()

@@ -1,0 +1,219 @@
+"""Figures of the course, one style for all; each function returns a matplotlib `Figure`.
+
+A figure's label (`figure.get_label()`) is its alternative text. Figures belong to no window:
+nothing is drawn until `show` (in a notebook) or `save_figure`.
+"""
+
+import io
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from torch import Tensor
+
+# safe for colour-blind readers (Okabe & Ito 2008); the same meaning in every figure and widget
+KNOWN, PREDICTED, MASKED, TARGET = "#0072B2", "#E69F00", "#D9D9D9", "#009E73"
+WIDTH = 7.0  # inches; at 100 dots an inch 700 pixels
+STATES = ListedColormap([MASKED, PREDICTED, KNOWN])
+
+
+def new_figure(height: float, alt: str, width: float = WIDTH) -> Figure:
+    """An empty figure with its alternative text."""
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    figure.set_label(alt)
+    return figure
+
+
+def show(figure: Figure) -> None:
+    """Display a figure in a notebook as a PNG with alternative text."""
+    from IPython.display import display
+
+    alt = figure.get_label()
+    data = {"image/png": png(figure), "text/plain": alt}
+    display(data, raw=True, metadata={"image/png": {"alt": alt}})
+
+
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as PNG; under another name first, so that an old file is never half lost."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "wb") as file:
+        file.write(png(figure))
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+    return path
+
+
+def draw_image(axes, image: Float[Tensor, "C H W"]) -> None:
+    """One picture in [0, 1] on axes without ticks; grey if it has one channel."""
+    pixels = image.detach().cpu().clamp(0, 1).permute(1, 2, 0)
+    pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+
+
+def image_grid(
+    images: Float[Tensor, "N C H W"],
+    *,
+    columns: int = 10,
+    titles: Sequence[str] | None = None,
+    alt: str = "",
+) -> Figure:
+    """Pictures (N, C, H, W) in [0, 1], row by row, with a title over each if given."""
+    rows = -(-len(images) // columns)
+    cell = WIDTH / max(columns, 5)
+    text = alt or f"{len(images)} images in {rows} rows" + (
+        f", titled {', '.join(dict.fromkeys(titles))}" if titles else ""
+    )
+    figure = new_figure(rows * cell * (1.18 if titles else 1.0), text, width=cell * columns)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for i, ax in enumerate(axes):
+        ax.axis("off")
+        if i < len(images):
+            draw_image(ax, images[i])
+            if titles:
+                ax.set_title(titles[i], fontsize=8, pad=2)
+    return figure
+
+
+def draw_states(axes, states: Int[Tensor, "H W"]) -> None:
+    """Tokens as fields: 0 masked, 1 predicted now, 2 known."""
+    axes.imshow(states.cpu(), cmap=STATES, vmin=0, vmax=2, interpolation="nearest")
+    draw_lines(axes, *states.shape)
+
+
+def draw_lines(axes, height: int, width: int) -> None:
+    axes.set(xticks=[], yticks=[])
+    axes.set_xticks([x - 0.5 for x in range(width + 1)], minor=True)
+    axes.set_yticks([y - 0.5 for y in range(height + 1)], minor=True)
+    axes.grid(which="minor", color="white", linewidth=0.8)
+    axes.tick_params(which="both", length=0)
+
+
+def states_of(mask: Bool[Tensor, " L"], predicted: Bool[Tensor, " L"]) -> Int[Tensor, " L"]:
+    """0 masked, 1 predicted now, 2 known, for one image of a `Frame`."""
+    return torch.where(mask, 0, torch.where(predicted, 1, 2))
+
+
+def filmstrip(frames: Sequence, row: int = 0, *, columns: int = 8, alt: str = "") -> Figure:
+    """One image growing token by token: the picture above, the state of its tokens below.
+
+    frames  frames with `.images()`, as a `Pipeline` yields them, from the first to the last; of
+            more than `columns` some are left out, never the last
+    row     which image of the batch
+    """
+    last = len(frames) - 1
+    picked = sorted({round(i * last / max(1, columns - 1)) for i in range(min(columns, last + 1))})
+    cell = WIDTH / columns
+    figure = new_figure(2.45 * cell, alt or f"An image growing in {len(frames)} steps, "
+                        "and which of its tokens are known", width=cell * len(picked))  # fmt: skip
+    axes = figure.subplots(2, len(picked), squeeze=False)
+    for column, index in enumerate(picked):
+        frame = frames[index]
+        image = frame.images()[row]
+        height, width = grid_of(frame.mask.shape[1], image.shape[1], image.shape[2])
+        hidden = frame.mask[row].reshape(height, width)
+        scale = (image.shape[1] // height, image.shape[2] // width)
+        shade = hidden.repeat_interleave(scale[0], 0).repeat_interleave(scale[1], 1)
+        draw_image(axes[0, column], torch.where(shade, 0.85, image))  # the grey of MASKED
+        draw_states(
+            axes[1, column],
+            states_of(frame.mask[row], frame.predicted[row]).reshape(height, width),
+        )
+        axes[0, column].set_title(f"step {frame.step + 1}", fontsize=8, pad=2)
+        for side in (*axes[0, column].spines.values(), *axes[1, column].spines.values()):
+            side.set_visible(False)
+    return figure
+
+
+def grid_of(length: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of L square tokens on a picture of that size."""
+    rows = round((length * height / width) ** 0.5)
+    return rows, length // rows
+
+
+def order_maps(
+    orders: dict[str, Int[Tensor, "B L"]], height: int, width: int, *, alt: str = ""
+) -> Figure:
+    """When each token's turn comes, first row of each order: dark first, light last."""
+    columns = min(4, len(orders))
+    rows = -(-len(orders) // columns)
+    cell = WIDTH / 4
+    figure = new_figure(
+        rows * cell * 1.15, alt or f"Turn of each token in the orders {', '.join(orders)}",
+        width=cell * columns,
+    )  # fmt: skip
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for ax, (name, order) in zip(axes, orders.items(), strict=False):
+        turn = order[0].cpu().argsort().reshape(height, width)
+        ax.imshow(turn, cmap="viridis", interpolation="nearest")
+        ax.set_title(name, fontsize=10)
+        draw_lines(ax, height, width)
+        if height * width <= 64:
+            for y in range(height):
+                for x in range(width):
+                    late = turn[y, x] > 0.6 * turn.max()
+                    ax.text(x, y, int(turn[y, x]) + 1, ha="center", va="center", fontsize=7,
+                            color="black" if late else "white")  # fmt: skip
+    for ax in list(axes)[len(orders):]:
+        ax.axis("off")
+    return figure
+
+
+def token_states(
+    masks: Sequence[Bool[Tensor, " L"]], height: int, width: int, *, titles: Sequence[str] = (),
+    alt: str = "",
+) -> Figure:  # fmt: skip
+    """Masks side by side; a token that the mask before still hid is drawn as predicted now."""
+    cell = WIDTH / max(len(masks), 4)
+    figure = new_figure(
+        1.2 * cell, alt or f"{len(masks)} masks of {height}x{width} tokens", width=cell * len(masks)
+    )
+    axes = figure.subplots(1, len(masks), squeeze=False)[0]
+    for i, (ax, mask) in enumerate(zip(axes, masks, strict=True)):
+        before = masks[i - 1] if i else mask
+        draw_states(ax, states_of(mask, before & ~mask).reshape(height, width))
+        if i < len(titles):
+            ax.set_title(titles[i], fontsize=8, pad=2)
+    return figure
+
+
+def bars(counts: dict[str, Sequence[int]], *, xlabel: str, ylabel: str, alt: str = "") -> Figure:
+    """Whole numbers step by step, one panel for each name: tokens per step, for instance."""
+    figure = new_figure(2.2, alt or f"{ylabel} for each {xlabel}: {', '.join(counts)}")
+    axes = figure.subplots(1, len(counts), squeeze=False, sharey=True)[0]
+    for ax, (name, values) in zip(axes, counts.items(), strict=True):
+        ax.bar(range(1, len(values) + 1), values, color=PREDICTED)
+        ax.set(title=name, xlabel=xlabel)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel(ylabel)
+    return figure
+
+
+def curves(
+    lines: dict[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str,
+    logy: bool = False, alt: str = "",
+) -> Figure:  # fmt: skip
+    """Named curves (x, y) in one panel."""
+    figure = new_figure(2.6, alt or f"{ylabel} over {xlabel}: {', '.join(lines)}")
+    axes = figure.subplots()
+    for (name, (x, y)), colour in zip(lines.items(), (KNOWN, PREDICTED, TARGET, "#CC79A7"),
+                                      strict=False):  # fmt: skip
+        axes.plot(x, y, label=name, color=colour, linewidth=1.4)
+    axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if logy else "linear")
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(lines) > 1:
+        axes.legend(frameon=False)
+    return figure

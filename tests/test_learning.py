@@ -1,0 +1,77 @@
+"""The learner's first model: 75 seconds of training make digits that can be recognised."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from mar_mini import data, evaluation, get_config
+from mar_mini.recipes import train_pipeline
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def digits():
+    dataset = data.load_images("digits", "train")
+    images, labels = data.to_tensors(dataset)
+    images = data.normalise(images)
+    steps = train_pipeline(get_config("digits"), images, labels, data.class_names(dataset))
+    while True:
+        try:
+            stage, step = next(steps)
+        except StopIteration as end:
+            return end.value, evaluation.class_means(data.denormalise(images), labels)
+
+
+def sample(pipeline, **arguments):
+    asked = torch.arange(500) % 10
+    generator = torch.Generator().manual_seed(0)
+    return asked, pipeline.generate(asked, cfg=1.0, generator=generator, **arguments)
+
+
+def test_the_asked_class_is_found(digits):
+    pipeline, means = digits
+    asked, images = sample(pipeline)
+    share = evaluation.recognised(images, asked, means)
+    assert share >= 0.70, f"{share:.0%} of 500 samples recognised after {pipeline.card}"
+
+
+def test_without_the_bound_on_x0_the_samples_are_noise(digits):
+    """The terminal step: see the text of `mar_mini.diffusion`."""
+    pipeline, means = digits
+    model, asked = pipeline.mar, torch.arange(100) % 10
+
+    def tokens(clip):
+        from mar_mini import generate
+
+        return generate(
+            model, asked, num_iter=16, clip=clip, num_sampling_steps=25,
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+
+    bounded, unbounded = tokens(1.0), tokens(None)
+    assert bounded.std() < 1.0, f"std {bounded.std():.2f} with the bound"
+    assert unbounded.std() > 10 * bounded.std(), f"std {unbounded.std():.2f} without it"
+
+
+def test_the_judge_can_fail(digits):
+    """Random labels are not recognised, so a model that ignores its labels would not pass."""
+    pipeline, means = digits
+    asked, images = sample(pipeline, num_iter=8)
+    shuffled = asked[torch.randperm(500, generator=torch.Generator().manual_seed(1))]
+    assert evaluation.recognised(images, shuffled, means) < 0.25
+    real, truth = data.to_tensors(data.load_images("digits", "test"))
+    share = evaluation.recognised(data.denormalise(data.normalise(real)), truth, means)
+    assert 0.75 < share < 0.90, f"real digits: {share:.0%}"
+
+
+def test_another_budget_is_another_run():
+    config = get_config("digits")
+    images, labels = data.to_tensors(data.load_images("digits", "train"))
+    short = dataclasses.replace(config.training, max_steps=3, max_seconds=None)
+    config = dataclasses.replace(config, training=short)
+    names = [str(i) for i in range(10)]
+    steps = [step for _, step in train_pipeline(config, data.normalise(images), labels, names)]
+    assert [step.step for step in steps] == [1, 2, 3]
+    assert steps[-1].progress == 1.0
