@@ -1,8 +1,6 @@
 """Trained models in and out: safetensors and a JSON card, never a pickle."""
 
 import json
-import os
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from mar_mini.configs import Config, MARConfig, SamplingConfig, VAEConfig
 from mar_mini.data import data_dir
+from mar_mini.files import write_atomically
 from mar_mini.mar import MAR
 from mar_mini.sampling import Frame, evaluating, sample
 from mar_mini.vae import AutoencoderKL
@@ -66,7 +65,7 @@ class Pipeline:
         return deque(self.sample(labels, **arguments), maxlen=1)[0].images()
 
     @torch.no_grad()
-    def to_images(self, tokens: Float[Tensor, "B L C"]) -> Float[Tensor, "B C H W"]:
+    def to_images(self, tokens: Float[Tensor, "B L D"]) -> Float[Tensor, "B C H W"]:
         """Tokens to pictures, float32 in [0, 1]."""
         latents = self.mar.unpatchify(tokens) / self.latent_scale
         if self.vae is not None:
@@ -75,7 +74,7 @@ class Pipeline:
         return ((latents.float() + 1) / 2).clamp(0, 1)
 
     @torch.no_grad()
-    def to_tokens(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B L C"]:
+    def to_tokens(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B L D"]:
         """Pictures in [0, 1] to tokens: the mean of the posterior, scaled."""
         x = images.to(self.mar.fake_latent.device) * 2 - 1
         if self.vae is not None:
@@ -191,18 +190,3 @@ def load_weights(model: nn.Module, path: Path) -> None:
             "build the model from the configuration that the weights were trained with"
         )
     model.load_state_dict(state)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it into place."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

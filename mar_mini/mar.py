@@ -149,7 +149,7 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         labels   (B,) int64, -1 = no class
         returns  (B, buffer_size + known, D)
         """
-        known = known_positions(mask)                                       # (B, K)
+        known = masking.known_positions(mask)                                       # (B, K)
         x = self.z_proj(take(x, known).to(self.z_proj.weight.dtype))        # (B, K, D)
         x = x + take(self.encoder_pos_embed_learned[:, self.buffer_size :], known)
         buffer = self.class_embedding(labels)[:, None]                      # (B, 1, D)
@@ -166,7 +166,7 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         mask     (B, L) bool, True = masked
         returns  z (B, L, E), the head's condition
         """
-        known = known_positions(mask)[..., None]                            # (B, K, 1)
+        known = masking.known_positions(mask)[..., None]                            # (B, K, 1)
         x = self.decoder_embed(x)                                           # (B, S, E)
         buffer, x = x[:, : self.buffer_size], x[:, self.buffer_size :]
         full = self.mask_token.to(x.dtype).repeat(*mask.shape, 1)           # (B, L, E)
@@ -256,22 +256,6 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         device = labels.device if generator is None else generator.device
         chance = torch.rand(labels.shape, generator=generator, device=device).to(labels.device)
         return labels.masked_fill(chance < self.label_drop_prob, NO_CLASS)
-
-
-def known_positions(mask: Bool[Tensor, "B L"]) -> Int[Tensor, "B K"]:
-    """Positions of the known tokens of each row, ascending.
-
-    Raises ValueError if the rows do not have the same number of known tokens.
-    """
-    counts = (~mask).sum(1)
-    least, most = (int(n) for n in counts.aminmax())
-    if least != most:
-        row = int((counts != counts[0]).nonzero()[0])
-        raise ValueError(
-            f"row 0 of the mask has {int(counts[0])} known tokens, row {row} has "
-            f"{int(counts[row])}; expected the same number in each row of a batch, so split it"
-        )
-    return mask.int().argsort(dim=1, stable=True)[:, :most]
 
 
 def take(x: Float[Tensor, "A L D"], positions: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:

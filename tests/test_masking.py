@@ -188,12 +188,12 @@ def test_make_order_takes_a_function():
 
 
 WRONG = {
-    "list": ([[0, 1, 2, 3]], r"mine returned list; expected an int64 tensor \(1, 4\)"),
-    "nothing": (None, "mine returned NoneType; expected an int64"),
+    "list": ([[0, 1, 2, 3]], r"mine returned list; expected .*int64.* \(1, 4\)"),
+    "nothing": (None, "mine returned NoneType; expected .*int64"),
     "int32": (torch.arange(4, dtype=torch.int32)[None], "mine returned torch.int32; expected"),
-    "float": (torch.arange(4.0)[None], "mine returned torch.float32; expected an int64"),
-    "one row": (torch.arange(4), r"mine returned shape \(4,\); expected \(1, 4\), one row an image"),
-    "grid": (torch.arange(4).reshape(1, 2, 2), r"mine returned shape \(1, 2, 2\); expected \(1, 4\)"),
+    "float": (torch.arange(4.0)[None], "mine returned torch.float32; expected .*int64"),
+    "flat": (torch.arange(4), r"mine returned shape \(4,\); expected \(1, 4\), one row"),
+    "grid": (torch.arange(4).reshape(1, 2, 2), r"mine returned shape \(1, 2, 2\); expected \(1,"),
     "two rows": (torch.arange(4).repeat(2, 1), r"mine returned shape \(2, 4\); expected \(1, 4\)"),
     "short": (torch.arange(3)[None], r"mine returned shape \(1, 3\); expected \(1, 4\)"),
     "twice": (torch.tensor([[0, 1, 1, 3]]), "row 0 of what mine returned is not a permutation"),

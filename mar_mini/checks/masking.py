@@ -21,6 +21,9 @@ def mask_by_order(candidate):
             raise Failed(f"{what} changed the order it was given; write into a new tensor")
         want = masking.mask_by_order(order, n)
         mistakes = {
+            "masks everything: a slice that begins at -0 is the whole row": (
+                torch.ones_like(want) if n == 0 else want
+            ),
             "is upside down: True means masked, still to be predicted": ~want,
             "masks the tokens whose turn comes first; the masked ones are at the order's end": (
                 masking.mask_by_order(order.flip(1), n)
@@ -28,10 +31,10 @@ def mask_by_order(candidate):
             "masks the last places of the picture; mask those that the order's end names": (
                 torch.arange(16).expand(5, -1) >= 16 - n
             ),
-            "compares entries of the order: they are places; the turn is where they stand in the row": (
+            "compares entries of the order: they are places, their turn is where they stand": (
                 order >= 16 - n
             ),
-        }  # fmt: skip
+        }
         refuse_mistakes(mask, want, mistakes, what)
         counts = mask.sum(1).tolist()
         if counts != [n] * 5:

@@ -5,16 +5,18 @@ nothing is drawn until `show` (in a notebook) or `save_figure`.
 """
 
 import io
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+
+from mar_mini.files import write_atomically
 
 # safe for colour-blind readers (Okabe & Ito 2008); the same meaning in every figure and widget
 KNOWN, PREDICTED, MASKED, TARGET = "#0072B2", "#E69F00", "#D9D9D9", "#009E73"
@@ -45,14 +47,10 @@ def png(figure: Figure) -> bytes:
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as PNG; under another name first, so that an old file is never half lost."""
+    """Write a figure as PNG; the folder is made if need be."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "wb") as file:
-        file.write(png(figure))
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    write_atomically(path, lambda temporary: temporary.write_bytes(png(figure)))
     return path
 
 
@@ -60,7 +58,7 @@ def draw_image(axes, image: Float[Tensor, "C H W"]) -> None:
     """One picture in [0, 1] on axes without ticks; grey if it has one channel."""
     pixels = image.detach().cpu().clamp(0, 1).permute(1, 2, 0)
     pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-    axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
 
 
@@ -90,7 +88,7 @@ def image_grid(
 
 def draw_states(axes, states: Int[Tensor, "H W"]) -> None:
     """Tokens as fields: 0 masked, 1 predicted now, 2 known."""
-    axes.imshow(states.cpu(), cmap=STATES, vmin=0, vmax=2, interpolation="nearest")
+    axes.imshow(states.cpu().numpy(), cmap=STATES, vmin=0, vmax=2, interpolation="nearest")
     draw_lines(axes, *states.shape)
 
 
@@ -155,10 +153,10 @@ def order_maps(
         rows * cell * 1.15, alt or f"Turn of each token in the orders {', '.join(orders)}",
         width=cell * columns,
     )  # fmt: skip
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax, (name, order) in zip(axes, orders.items(), strict=False):
         turn = order[0].cpu().argsort().reshape(height, width)
-        ax.imshow(turn, cmap="viridis", interpolation="nearest")
+        ax.imshow(turn.numpy(), cmap="viridis", interpolation="nearest")
         ax.set_title(name, fontsize=10)
         draw_lines(ax, height, width)
         if height * width <= 64:
@@ -167,7 +165,7 @@ def order_maps(
                     late = turn[y, x] > 0.6 * turn.max()
                     ax.text(x, y, int(turn[y, x]) + 1, ha="center", va="center", fontsize=7,
                             color="black" if late else "white")  # fmt: skip
-    for ax in list(axes)[len(orders):]:
+    for ax in axes[len(orders):]:
         ax.axis("off")
     return figure
 
@@ -196,7 +194,9 @@ def bars(counts: dict[str, Sequence[int]], *, xlabel: str, ylabel: str, alt: str
     axes = figure.subplots(1, len(counts), squeeze=False, sharey=True)[0]
     for ax, (name, values) in zip(axes, counts.items(), strict=True):
         ax.bar(range(1, len(values) + 1), values, color=PREDICTED)
-        ax.set(title=name, xlabel=xlabel)
+        ax.set_title(name, fontsize=10)
+        ax.set_xlabel(xlabel)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel(ylabel)
     return figure
@@ -211,7 +211,7 @@ def curves(
     axes = figure.subplots()
     for (name, (x, y)), colour in zip(lines.items(), (KNOWN, PREDICTED, TARGET, "#CC79A7"),
                                       strict=False):  # fmt: skip
-        axes.plot(x, y, label=name, color=colour, linewidth=1.4)
+        axes.plot(np.asarray(x), np.asarray(y), label=name, color=colour, linewidth=1.4)
     axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if logy else "linear")
     axes.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1:

@@ -1,0 +1,51 @@
+"""The command line does what it says, and says what is wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "mar_mini", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def test_train_then_sample(tmp_path):
+    done = run("train", "--config", "digits", "--max-steps", 3, "--out", tmp_path / "model")
+    assert done.returncode == 0, done.stderr
+    card = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert card["card"]["steps"] == 3 and card["classes"] == [str(i) for i in range(10)]
+    assert Image.open(tmp_path / "model" / "samples.png").width == 700
+    done = run(
+        "sample", tmp_path / "model", "--labels", 3, 1, 4, "--out", tmp_path / "deep" / "grid.png"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3, 1, 4" in done.stdout
+    assert Image.open(tmp_path / "deep" / "grid.png").format == "PNG"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--config", "digit"], "unknown preset 'digit'; expected one of: digits"),
+        (["train", "--config", "kl16"], "no MAR to train"),
+        (["train", "--config", "cifar10", "--data", "digits"], "made for 32x32 pixels"),
+        (["sample", "nothing"], "no trained model 'nothing'; expected one of: digits"),
+        (["sample", "digits", "--labels", "12"], "label 12 is out of range"),
+        (["sample", "digits", "--num-iter", "17"], "num_iter is 17; expected 1 to 16"),
+        (["sample", "digits", "--order", "zigzag"], "unknown order 'zigzag'"),
+        (["lab-reset", "99"], "no chapter '99'"),
+    ],
+)
+def test_wrong_input_is_one_clear_line(arguments, message, tmp_path):
+    out = ["--out", tmp_path / "out"] if arguments[0] != "lab-reset" else []
+    done = run(*arguments, *out)
+    assert done.returncode != 0
+    assert done.stderr.startswith("mar-mini: ") and message in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,84 @@
+"""Figures say in words what they show, and show what they are given."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mar_mini import MAR, masking
+from mar_mini.checkpoints import Pipeline
+from mar_mini.viz import figures as fig
+
+
+def pixels(figure) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(fig.png(figure))).convert("RGB"))
+
+
+def colours(figure) -> set[str]:
+    flat = pixels(figure).reshape(-1, 3)
+    return {"#{:02X}{:02X}{:02X}".format(*colour) for colour in np.unique(flat, axis=0)}
+
+
+def test_states_have_the_colours_of_the_course():
+    order = masking.spiral(4, 4, 1)
+    first, second = (masking.mask_by_order(order, n)[0] for n in (12, 8))
+    assert {fig.KNOWN, fig.MASKED} <= colours(fig.token_states([first], 4, 4))
+    assert fig.PREDICTED not in colours(fig.token_states([first], 4, 4))
+    assert {fig.KNOWN, fig.MASKED, fig.PREDICTED} <= colours(
+        fig.token_states([first, second], 4, 4)
+    )
+
+
+def test_image_grid_shows_its_images_in_their_places():
+    images = torch.stack([torch.full((3, 8, 8), v) for v in (0.0, 1.0)])
+    shown = pixels(fig.image_grid(images, columns=2))
+    height, width = shown.shape[:2]
+    assert (shown[height // 2, width // 4] == 0).all()
+    assert (shown[height // 2, 3 * width // 4] == 255).all()
+
+
+@pytest.fixture(scope="module")
+def frames():
+    mar = MAR(
+        img_size=16, vae_stride=1, patch_size=4, vae_embed_dim=1, class_num=10,
+        encoder_embed_dim=16, encoder_depth=1, encoder_num_heads=2, decoder_embed_dim=16,
+        decoder_depth=1, decoder_num_heads=2, buffer_size=1, diffloss_d=1, diffloss_w=16,
+    )  # fmt: skip
+    pipeline = Pipeline(mar, clip=1.0, classes=[str(i) for i in range(10)])
+    arguments = {"num_iter": 16, "num_sampling_steps": 2}
+    return list(pipeline.sample([3, 4], generator=torch.Generator().manual_seed(0), **arguments))
+
+
+def test_every_figure_has_alternative_text_and_is_small(frames):
+    order = {"spiral": masking.spiral(8, 8, 1)}
+    figures = [
+        fig.filmstrip(frames),
+        fig.image_grid(frames[-1].images().repeat(20, 1, 1, 1), titles=["cat"] * 40),
+        fig.order_maps(order, 8, 8),
+        fig.token_states([torch.ones(16, dtype=torch.bool)], 4, 4),
+        fig.bars({"steps": [1, 2, 3]}, xlabel="step", ylabel="tokens"),
+        fig.curves({"loss": ([1, 2], [3, 4])}, xlabel="step", ylabel="loss"),
+    ]
+    for figure in figures:
+        assert len(figure.get_label()) > 10
+        image = fig.png(figure)
+        assert len(image) < 80 * 1024
+        assert pixels(figure).shape[1] <= 700
+
+
+def test_filmstrip_keeps_the_first_and_the_last_frame(frames):
+    titles = [ax.get_title() for ax in fig.filmstrip(frames, columns=5).axes]
+    steps = [title for title in titles if title]
+    assert steps[0] == "step 1" and steps[-1] == "step 16" and len(steps) == 5
+
+
+def test_save_figure_leaves_the_old_file_if_drawing_fails(tmp_path, monkeypatch):
+    path = fig.save_figure(fig.new_figure(1, "an empty figure"), tmp_path / "a.png")
+    before = path.read_bytes()
+    monkeypatch.setattr(fig, "png", lambda figure: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fig.save_figure(fig.new_figure(2, "another"), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
