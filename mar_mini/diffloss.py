@@ -267,7 +267,9 @@ class DiffLoss(Head):
                             temperature 0
         returns             (N, C) float32 tokens
         """
-        diffusion = Diffusion(num_sampling_steps or self.num_sampling_steps)
+        if num_sampling_steps is None:
+            num_sampling_steps = self.num_sampling_steps
+        diffusion = Diffusion(num_sampling_steps)
         n, channels = len(z), self.target_channels
         dtype = self.net.input_proj.weight.dtype
         if z_uncond is not None:

@@ -8,9 +8,9 @@ The terminal step. A network predicts the noise, and x0 follows from it as
 `x0 = x_t / sqrt(alpha_bar) - sqrt(1 / alpha_bar - 1) * noise`. At t = 999 the cosine schedule has
 alpha_bar = 2.4e-9, so an error of the predicted noise enters x0 multiplied by 20,291 (by 34 at
 t = 980). A model trained for hundreds of epochs predicts the noise there almost exactly. A young
-one does not, and bfloat16 cannot: one step later the state is far outside of anything seen in
-training, and the samples are noise, or black. The cure is a bound on x0 (`clip`): a token of the
-training set never leaves a known range, so the predicted one may not either.
+one does not: one step later the state is far outside of anything seen in training, from where the
+network does not find back, and the samples are noise, or black. The cure is a bound on x0 (`clip`):
+a token of the training set never leaves a known range, so the predicted one may not either.
 """
 
 import math

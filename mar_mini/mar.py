@@ -215,10 +215,8 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         z = self.forward_decoder(x, mask)                                   # (B, L, E)
         # the head sees the masked tokens alone, each diffusion_batch_mul times
         target, z, t, noise = self.masked_rows(target, z, mask, t, noise)   # (M, C), (M, E), ...
-        given = {"t": t, "noise": noise, "generator": generator}
-        return self.diffloss.terms(target, z, **given) if return_terms else self.diffloss(
-            target, z, **given
-        )
+        head = self.diffloss.terms if return_terms else self.diffloss
+        return head(target, z, t=t, noise=noise, generator=generator)
 
     def masked_rows(
         self, target: Tensor, z: Tensor, mask: Tensor, t: Tensor | None, noise: Tensor | None

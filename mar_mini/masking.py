@@ -6,6 +6,7 @@ An `order` is int64 (B, L), each row a permutation of the raster positions, **fi
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from itertools import pairwise
 
 import torch
@@ -68,19 +69,19 @@ def halton(height, width, batch_size, generator=None) -> Int[Tensor, "B L"]:
     i = 0
     while len(seen) < height * width:
         i += 1
-        row, column = int(radical_inverse(i, 2) * height), int(radical_inverse(i, 3) * width)
+        row = math.floor(height * radical_inverse(i, 2))
+        column = math.floor(width * radical_inverse(i, 3))
         seen.setdefault(row * width + column)
     return torch.tensor(list(seen)).expand(batch_size, -1)
 
 
-def radical_inverse(i: int, base: int) -> float:
-    """The digits of i in a base, mirrored at the decimal point: 6 = 110 in base 2 gives 0.011."""
-    value, scale = 0.0, 1.0
+def radical_inverse(i: int, base: int) -> Fraction:
+    """The digits of i in a base, mirrored at the point: 6 is 110 in base 2, and gives 0.011."""
+    value, scale = 0, 1
     while i:
-        scale /= base
         i, digit = divmod(i, base)
-        value += digit * scale
-    return value
+        value, scale = value * base + digit, scale * base
+    return Fraction(value, scale)
 
 
 ORDERS: dict[str, Order] = {
@@ -179,19 +180,21 @@ def sample_mask_ratio(
     return min(1.0, max(mask_ratio_min, float(ratio)))
 
 
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "cosine": lambda u: math.cos(math.pi / 2 * u),
-    "linear": lambda u: 1.0 - u,
+Schedule = Callable[[int, int], float | Fraction]  # (i, N) -> share masked after step i of N
+
+SCHEDULES: dict[str, Schedule] = {
+    "cosine": lambda i, n: math.cos(math.pi / 2 * i / n),
+    "linear": lambda i, n: Fraction(n - i, n),
 }
 
 
 def masked_after(
-    length: int, num_iter: int, schedule: str | Callable[[float], float] = "cosine"
+    length: int, num_iter: int, schedule: str | Schedule = "cosine"
 ) -> list[int]:
     """How many tokens are still masked after each of `num_iter` steps; the last entry is 0.
 
     schedule  "cosine" (few tokens at first, many at the end; MAR section 3.4, after MaskGIT),
-              "linear", or a function of the share of steps done, from 1 down to 0
+              "linear", or a function (i, N) -> share still masked after step i of N
 
     Each step predicts at least one token. Raises ValueError for a number of steps below 1 or
     above `length`, or an unknown schedule.
@@ -204,13 +207,13 @@ def masked_after(
     share = schedule if callable(schedule) else choose("schedule", schedule, SCHEDULES)
     masked = [length]
     for i in range(1, num_iter):
-        left = math.floor(length * share(i / num_iter))
+        left = math.floor(length * share(i, num_iter))
         masked.append(max(num_iter - i, min(masked[-1] - 1, left)))
     return [*masked[1:], 0]
 
 
 def tokens_per_step(
-    length: int, num_iter: int, schedule: str | Callable[[float], float] = "cosine"
+    length: int, num_iter: int, schedule: str | Schedule = "cosine"
 ) -> list[int]:
     """How many of `length` tokens each of `num_iter` steps predicts: at least 1, in all `length`.
 

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mar_mini.diffloss import Generators
+from mar_mini.diffusion import Diffusion
 from mar_mini.mar import MAR, NO_CLASS, check_labels
 from mar_mini.masking import Order, choose, make_order, mask_by_order, masked_after
 
@@ -110,7 +111,10 @@ def sample(
             mask = still
             yield Frame(step, tokens, predicted, mask)
 
-    masked_after(int(mask[0].sum()), num_iter)  # refuse a wrong num_iter now, not at the first step
+    # refuse wrong numbers of steps now, not at the first step
+    masked_after(int(mask[0].sum()), num_iter)
+    if num_sampling_steps is not None:
+        Diffusion(num_sampling_steps)
     return steps()
 
 
