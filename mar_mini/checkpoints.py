@@ -1,6 +1,7 @@
 """Trained models in and out: safetensors and a JSON card, never a pickle."""
 
 import json
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -86,16 +87,15 @@ class Pipeline:
         """Write weights (`dtype`) and card to a folder that `load_pretrained` reads.
 
         Each file is written under another name first, so that a crash leaves the old one whole.
+        Raises ValueError, before anything is written, if `config` is not that of the models.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_weights(self.mar, folder / "mar.safetensors", dtype)
+        check_config(self.mar, MAR, config.mar, config.name)
         if self.vae is not None:
-            save_weights(self.vae, folder / "vae.safetensors", dtype)
+            check_config(self.vae, AutoencoderKL, config.vae, config.name)
         card = {
             "config": config.name,
-            "mar": asdict(config.mar) if config.mar else None,
-            "vae": asdict(config.vae) if config.vae else None,
+            "mar": asdict(config.mar),
+            "vae": None if self.vae is None else asdict(config.vae),
             "latent_scale": self.latent_scale,
             "clip": self.clip,
             "classes": self.classes,
@@ -103,6 +103,11 @@ class Pipeline:
             "card": self.card,
         }
         text = json.dumps(card, indent=2) + "\n"
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(self.mar, folder / "mar.safetensors", dtype)
+        if self.vae is not None:
+            save_weights(self.vae, folder / "vae.safetensors", dtype)
         write_atomically(folder / "config.json", lambda path: path.write_text(text))
         return folder
 
@@ -110,24 +115,29 @@ class Pipeline:
 def load_pretrained(name: str | Path) -> Pipeline:
     """A trained model by name, or from a folder that `Pipeline.save` wrote.
 
+    name  a bundled model; a bare word is always one of these, write `./mine` for a folder
+
     Raises ValueError for an unknown name (lists those which exist), a damaged file, or weights
     that do not fit the configuration (names the keys).
     """
-    folder = Path(name)
+    weights, folder = data_dir() / "weights", Path(name)
+    if os.fspath(name) == folder.name:
+        folder = weights / folder
     if not (folder / "config.json").is_file():
-        weights = data_dir() / "weights"
-        folder = weights / str(name)
-        if not (folder / "config.json").is_file():
-            bundled = sorted(path.parent.name for path in weights.glob("*/config.json"))
-            raise ValueError(
-                f"no trained model {str(name)!r}; expected one of: {', '.join(bundled)}, or a "
-                "folder with config.json and mar.safetensors"
-            )
+        bundled = sorted(path.parent.name for path in weights.glob("*/config.json"))
+        raise ValueError(
+            f"no trained model {str(name)!r}; expected one of: {', '.join(bundled) or '(none)'}, "
+            "or the path of a folder with config.json and mar.safetensors, such as ./mine"
+        )
     try:
         card = json.loads((folder / "config.json").read_text())
         defaults = SamplingConfig(**known_fields(SamplingConfig, card["defaults"]))
         mar = MAR(**known_fields(MARConfig, card["mar"]))
         vae = AutoencoderKL(**known_fields(VAEConfig, card["vae"])) if card["vae"] else None
+        pipeline = Pipeline(
+            mar.eval(), vae and vae.eval(), card["latent_scale"], card["clip"], card["classes"],
+            defaults, card["card"],
+        )  # fmt: skip
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder / 'config.json'} is damaged ({error}); restore it, or train the model again"
@@ -135,10 +145,19 @@ def load_pretrained(name: str | Path) -> Pipeline:
     load_weights(mar, folder / "mar.safetensors")
     if vae is not None:
         load_weights(vae, folder / "vae.safetensors")
-        vae.eval()
-    return Pipeline(
-        mar.eval(), vae, card["latent_scale"], card["clip"], card["classes"], defaults, card["card"]
-    )
+    return pipeline
+
+
+def check_config(model: nn.Module, kind: type[nn.Module], config, name: str) -> None:
+    """Raises ValueError unless a model built from that configuration has the same weights."""
+    with torch.device("meta"):
+        expected = kind(**asdict(config)).state_dict() if config else {}
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    if shapes != {key: value.shape for key, value in expected.items()}:
+        raise ValueError(
+            f"preset {name!r} does not describe this {kind.__name__}; pass the configuration that "
+            "the model was built from, or dataclasses.replace() of it"
+        )
 
 
 def known_fields(kind: type, values: dict) -> dict:

@@ -192,6 +192,7 @@ class DiffLoss(Head):
             target_channels, width, 2 * target_channels, z_channels, depth, grad_checkpointing
         )
         self.diffusion = Diffusion()
+        Diffusion(num_sampling_steps)  # refuses an impossible number now, not when sampling
 
     def forward(
         self,

@@ -4,10 +4,11 @@ Parameter names and shapes are those of the published weights (MAR section 3.4 a
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -37,7 +38,8 @@ class MAR(nn.Module, PyTorchModelHubMixin):
     block, head                       what to build the transformer and the head from: anything
                                       called like `Block` and `DiffLoss`
 
-    Raises ValueError if the image size does not divide into whole tokens.
+    Raises ValueError if the image size does not divide into whole tokens, or a setting is out of
+    range.
     """
 
     def __init__(
@@ -65,10 +67,12 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         diffusion_batch_mul: int = 4,
         grad_checkpointing: bool = False,
         *,
-        block: type[nn.Module] = Block,
-        head: type[Head] = DiffLoss,
+        block: Callable[..., nn.Module] = Block,
+        head: Callable[..., Head] = DiffLoss,
     ):
         super().__init__()
+        if not 0 < mask_ratio_min <= 1:
+            raise ValueError(f"mask_ratio_min is {mask_ratio_min}; expected above 0 and up to 1")
         self.seq_h = self.seq_w = tokens.grid_side(img_size, vae_stride, patch_size)
         self.seq_len = self.seq_h * self.seq_w
         self.patch_size, self.vae_embed_dim, self.class_num = patch_size, vae_embed_dim, class_num
@@ -120,13 +124,17 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         ):  # fmt: skip
             nn.init.normal_(parameter, std=0.02)
 
-    def patchify(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B L D"]:
+    def patchify(self, latents: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B L D"]:
         """Latents (B, C, H, W) to this model's tokens (B, L, C * patch_size^2)."""
         expected = (self.vae_embed_dim, self.seq_h * self.patch_size, self.seq_w * self.patch_size)
         if latents.shape[1:] != expected:
             raise ValueError(
                 f"expected latents (B, {', '.join(map(str, expected))}), got "
                 f"{tuple(latents.shape)}; encode, crop or resize to what the model was built for"
+            )
+        if not latents.is_floating_point():
+            raise ValueError(
+                f"latents are {latents.dtype}; expected float, for pixels mar_mini.data.normalise()"
             )
         return tokens.patchify(latents, self.patch_size)
 
@@ -185,10 +193,10 @@ class MAR(nn.Module, PyTorchModelHubMixin):
 
     def forward(
         self,
-        latents: Float[Tensor, "B C H W"],
+        latents: Shaped[Tensor, "B C H W"],
         labels: Tensor,
         *,
-        mask: Bool[Tensor, "B L"] | None = None,
+        mask: Bool[Tensor, "B2 L"] | None = None,
         t: Int[Tensor, " R"] | None = None,
         noise: Float[Tensor, "R D"] | None = None,
         generator: torch.Generator | None = None,
@@ -209,6 +217,11 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         labels = check_labels(labels, self.class_num, len(target))          # (B,)
         if mask is None:
             mask = self.draw_mask(len(target), generator).to(target.device)
+        if mask.shape != target.shape[:2] or not mask.any():
+            raise ValueError(
+                f"the mask is {tuple(mask.shape)} and hides {int(mask.sum())} tokens; expected "
+                f"{tuple(target.shape[:2])}, with one hidden token at least"
+            )
         if self.training and self.label_drop_prob > 0:
             labels = self.drop_labels(labels, generator)
         x = self.forward_encoder(target, mask, labels)                      # (B, S, D)
@@ -267,7 +280,14 @@ def check_labels(labels, class_num: int, batch_size: int | None = None) -> Int[T
 
     Raises ValueError that says what came instead.
     """
-    labels = torch.as_tensor(labels)
+    try:
+        labels = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"labels are {labels!r}; expected whole numbers (int64), the index of a class"
+        ) from error
+    if not labels.numel():
+        raise ValueError("there are no labels; expected one or more")
     if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise ValueError(
             f"labels are {labels.dtype}; expected whole numbers (int64), the index of a class"

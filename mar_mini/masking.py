@@ -118,20 +118,28 @@ def make_order(
     """
     function = order if callable(order) else choose("order", order, ORDERS)
     result = function(height, width, batch_size, generator)
-    length, name = height * width, getattr(function, "__name__", "the order function")
+    name = getattr(function, "__name__", "the order function")
+    return check_order(result, height, width, batch_size, f"what {name} returned")
+
+
+def check_order(
+    result: object, height: int, width: int, batch_size: int, name: str = "the order"
+) -> Int[Tensor, "B L"]:
+    """That order, if it is one; else raises ValueError that says what came instead."""
+    length = height * width
     if not isinstance(result, Tensor) or result.dtype != torch.int64:
         got = result.dtype if isinstance(result, Tensor) else type(result).__name__
-        raise ValueError(f"{name} returned {got}; expected int64 ({batch_size}, {length})")
+        raise ValueError(f"{name} is {got}; expected int64 ({batch_size}, {length})")
     if result.shape != (batch_size, length):
         raise ValueError(
-            f"{name} returned shape {tuple(result.shape)}; expected ({batch_size}, {length}), one "
+            f"{name} has shape {tuple(result.shape)}; expected ({batch_size}, {length}), one "
             f"row an image and one entry for each place of the {height}x{width} grid"
         )
     expected = torch.arange(length, device=result.device)
     wrong = (result.sort(1).values != expected).any(1).nonzero().flatten()
     if len(wrong):
         raise ValueError(
-            f"row {int(wrong[0])} of what {name} returned is not a permutation of 0 to "
+            f"row {int(wrong[0])} of {name} is not a permutation of 0 to "
             f"{length - 1}; each place of the {height}x{width} grid must come exactly once"
         )
     return result
@@ -143,7 +151,11 @@ def mask_by_order(order: Int[Tensor, "B L"], num_masked: int) -> Bool[Tensor, "B
     order       int64 (B, L), first to last
     num_masked  how many tokens of each row are still to be predicted
     returns     bool (B, L), True = masked
+
+    Raises ValueError if there are not so many tokens.
     """
+    if not 0 <= num_masked <= order.shape[1]:
+        raise ValueError(f"num_masked is {num_masked}; expected 0 to {order.shape[1]}")
     mask = torch.zeros_like(order, dtype=torch.bool)
     return mask.scatter_(1, order[:, order.shape[1] - num_masked :], True)
 
@@ -199,7 +211,7 @@ def masked_after(
     Each step predicts at least one token. Raises ValueError for a number of steps below 1 or
     above `length`, or an unknown schedule.
     """
-    if not 1 <= num_iter <= length:
+    if not isinstance(num_iter, int) or not 1 <= num_iter <= length:
         raise ValueError(
             f"num_iter is {num_iter}; expected 1 to {length}, since each step predicts at least "
             f"one of the {length} tokens"

@@ -12,7 +12,7 @@ from torch import Tensor
 from mar_mini.diffloss import Generators
 from mar_mini.diffusion import Diffusion
 from mar_mini.mar import MAR, NO_CLASS, check_labels
-from mar_mini.masking import Order, choose, make_order, mask_by_order, masked_after
+from mar_mini.masking import Order, check_order, choose, make_order, mask_by_order, masked_after
 
 CfgSchedule = Callable[[float, int, int], float]
 
@@ -111,10 +111,14 @@ def sample(
             mask = still
             yield Frame(step, tokens, predicted, mask)
 
-    # refuse wrong numbers of steps now, not at the first step
+    # refuse what cannot work now, not at the first step
     masked_after(int(mask[0].sum()), num_iter)
     if num_sampling_steps is not None:
         Diffusion(num_sampling_steps)
+    if clip is not None and clip <= 0:
+        raise ValueError(f"clip is {clip}; expected more than 0, the largest |x0|, or None")
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}; expected 0 or more")
     return steps()
 
 
@@ -146,12 +150,13 @@ def predict(
 @contextmanager
 def evaluating(model: torch.nn.Module):
     """Dropout off for the moment, so that a model may be sampled in the middle of its training."""
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield model
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def resolve_labels(labels, batch_size: int | None, model: MAR, tokens: Tensor | None) -> Tensor:
@@ -169,11 +174,7 @@ def resolve_labels(labels, batch_size: int | None, model: MAR, tokens: Tensor | 
 def resolve_order(order, model: MAR, batch_size: int, generator: Generators) -> Tensor:
     """The order as int64 (B, L); with a list of generators each image's row comes from its own."""
     if isinstance(order, Tensor):
-
-        def given_order(*_):
-            return order
-
-        return make_order(given_order, model.seq_h, model.seq_w, batch_size)
+        return check_order(order, model.seq_h, model.seq_w, batch_size)
     if isinstance(generator, (list, tuple)):
         rows = [make_order(order, model.seq_h, model.seq_w, 1, g) for g in generator]
         return torch.cat(rows)

@@ -51,10 +51,10 @@ class Step:
 def train_mar(
     model: MAR,
     latents: Float[Tensor, "N C H W"],
-    labels: Int[Tensor, " N"],
+    labels: Int[Tensor, " M"],
     config: TrainingConfig,
     *,
-    mirrored: Float[Tensor, "N C H W"] | None = None,
+    mirrored: Float[Tensor, "M2 C H W"] | None = None,
     seed: int = 0,
 ) -> Iterator[Step]:
     """Train a MAR in place; each step yields a `Step` (MAR section 4).
@@ -69,6 +69,10 @@ def train_mar(
     """
     if len(latents) != len(labels):
         raise ValueError(f"{len(latents)} images but {len(labels)} labels; expected one for each")
+    if mirrored is not None and mirrored.shape != latents.shape:
+        raise ValueError(
+            f"mirrored is {tuple(mirrored.shape)}; expected {tuple(latents.shape)} as the latents"
+        )
     device = next(model.parameters()).device
     latents, labels = latents.to(device), labels.to(device)
     if config.flip:
@@ -116,16 +120,22 @@ def train(
     config: TrainingConfig,
     seed: int = 0,
 ) -> Iterator[Step]:
-    """The loop that both models share.
+    """The training that both models share; settings that cannot work are refused at once.
 
     terms  (indices of a batch, generator) -> scalars by name, `loss` among them
     """
-    check_training(config, num_images)
+    check_training(config, num_images, seed)
+    return training_steps(model, terms, num_images, config, seed)
+
+
+def training_steps(model, terms, num_images, config, seed) -> Iterator[Step]:
+    """The loop itself; arguments as for `train`."""
     device = next(model.parameters()).device
     optimiser = torch.optim.AdamW(
         parameter_groups(model, config.weight_decay), betas=(0.9, 0.95), fused=True
     )
-    ema = AveragedModel(model, multi_avg_fn=averaging(config.ema_decay, config.ema_window))
+    ema = AveragedModel(model, multi_avg_fn=averaging(config.ema_decay, config.ema_window)).eval()
+    devices = [device] if device.type == "cuda" else []
     step, seconds, used = 0, 0.0, 0.0
     while used < 1.0:
         start = time.perf_counter()
@@ -134,7 +144,8 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = rate
         picked = batch_indices(seed, step, num_images, config.batch_size).to(device)
-        with autocast(config.precision, device):
+        with autocast(config.precision, device), torch.random.fork_rng(devices):
+            torch.manual_seed(step_seed(seed, step))  # for dropout, which takes no generator
             values = terms(picked, step_generator(seed, step, device))
         optimiser.zero_grad()
         values["loss"].backward()
@@ -156,7 +167,7 @@ def train(
         )  # fmt: skip
 
 
-def check_training(config: TrainingConfig, num_images: int) -> None:
+def check_training(config: TrainingConfig, num_images: int, seed: int = 0) -> None:
     """Raises ValueError, before anything is trained, for settings that cannot work."""
     if config.max_steps is None and config.max_seconds is None:
         raise ValueError("no budget: set max_steps or max_seconds in the training configuration")
@@ -167,6 +178,8 @@ def check_training(config: TrainingConfig, num_images: int) -> None:
         raise ValueError(
             f"batch_size is {config.batch_size}; expected 1 to {num_images}, the number of images"
         )
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; expected 0 or more")
     choose("decay", config.decay, {"cosine": ..., "constant": ...})
     choose("precision", config.precision, {"auto": ..., "float32": ..., "bf16": ...})
 
@@ -232,10 +245,14 @@ def multiplies_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
 
 
+def step_seed(seed: int, step: int) -> int:
+    """One number from two, such that neighbours share nothing."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+
+
 def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
     """The random numbers of one step: a function of (seed, step) and nothing else."""
-    mixed = np.random.SeedSequence((seed, step)).generate_state(1)[0]
-    return torch.Generator(device).manual_seed(int(mixed))
+    return torch.Generator(device).manual_seed(step_seed(seed, step))
 
 
 @lru_cache(maxsize=2)

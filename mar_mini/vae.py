@@ -3,6 +3,7 @@
 Names and shapes are those of the published weights, so that `kl16` loads them without renaming.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -215,9 +216,9 @@ class AutoencoderKL(nn.Module, PyTorchModelHubMixin):
     def __init__(
         self,
         ch: int = 128,
-        ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4),
+        ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
         num_res_blocks: int = 2,
-        attn_resolutions: tuple[int, ...] = (16,),
+        attn_resolutions: Sequence[int] = (16,),
         resolution: int = 256,
         z_channels: int = 16,
         in_channels: int = 3,

@@ -122,8 +122,8 @@ def with_repeats(height, width, batch_size, generator=None):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (one_row, r"returned shape \(1, 16\); expected \(3, 16\)"),
-        (square_only, r"on a 3x5 grid: square_only returned shape"),
+        (one_row, r"has shape \(1, 16\); expected \(3, 16\)"),
+        (square_only, r"on a 3x5 grid: what square_only returned has shape"),
         (with_repeats, "not a permutation"),
         (masking.raster, "raster order"),
         (masking.reversed_raster, "raster order"),

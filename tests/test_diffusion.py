@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mar_mini import Diffusion, DiffLoss
+from mar_mini import DiffLoss, Diffusion
 from mar_mini.diffusion import discretised_nll, normal_kl
 
 
@@ -38,8 +38,8 @@ class AlmostRight(torch.nn.Module):
 def draw(error: float, clip: float | None, steps: int = 100) -> torch.Tensor:
     head = DiffLoss(4, 4, depth=1, width=4)
     head.net = AlmostRight(error)
-    generator = torch.Generator().manual_seed(0)
-    return head.sample(torch.zeros(500, 4), clip=clip, num_sampling_steps=steps, generator=generator)
+    g = torch.Generator().manual_seed(0)
+    return head.sample(torch.zeros(500, 4), clip=clip, num_sampling_steps=steps, generator=g)
 
 
 @pytest.mark.parametrize("steps", [25, 100, 1000])

@@ -293,6 +293,27 @@ def test_the_class_is_seen(model, half):
         assert (moved > 0).all(1).tolist() == [a != b for a, b in zip([4, -1], other, strict=True)]
 
 
+def test_no_class_has_a_vector_of_its_own(model):
+    got = model.class_embedding(torch.tensor([4, -1, 0]))
+    assert torch.equal(got[[0, 2]], model.class_emb.weight[[4, 0]])
+    assert torch.equal(got[1:2], model.fake_latent)
+
+
+@torch.no_grad()
+def test_z_stands_at_its_place(half):
+    """Without blocks a token reaches its own place alone, and only if it is known."""
+    tokens, mask, labels = half
+    model = build(encoder_depth=0, decoder_depth=0)
+    z = compute_z(model, tokens, mask, labels)
+    for place in range(L):
+        changed = tokens.clone()
+        changed[:, place, 0] += 1.0
+        moved = (compute_z(model, changed, mask, labels) - z).abs().amax(-1)
+        for image in range(2):
+            want = [] if mask[image, place] else [place]
+            assert moved[image].nonzero().flatten().tolist() == want
+
+
 @pytest.mark.parametrize("num_masked", [0, 1, 10, 16])
 def test_the_encoder_gets_the_buffer_and_the_known_tokens(model, num_masked):
     mask = torch.arange(L).expand(3, -1) < num_masked
@@ -525,13 +546,9 @@ REFUSED = {
     "no diffusion step": ({"num_sampling_steps": 0}, "sampling_steps is 0; expected 2 to 1000"),
     "1001 diffusion steps": ({"num_sampling_steps": 1001}, "is 1001; expected 2 to 1000"),
 }  # fmt: skip
-LATE = pytest.mark.xfail(strict=True, reason="refused at the first frame only, 0 not even then")
 
 
-@pytest.mark.parametrize(
-    "what",
-    [pytest.param(w, marks=LATE) if "diffusion step" in w else w for w in REFUSED],
-)
+@pytest.mark.parametrize("what", REFUSED)
 def test_sample_refuses(model, what):
     """At once, before the first frame is asked for."""
     changes, message = REFUSED[what]

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 from torch import Tensor
 
 from mar_mini.files import write_atomically
@@ -21,6 +22,7 @@ from mar_mini.files import write_atomically
 # safe for colour-blind readers (Okabe & Ito 2008); the same meaning in every figure and widget
 KNOWN, PREDICTED, MASKED, TARGET = "#0072B2", "#E69F00", "#D9D9D9", "#009E73"
 WIDTH = 7.0  # inches; at 100 dots an inch 700 pixels
+HEAVY = 60 * 1024  # bytes
 STATES = ListedColormap([MASKED, PREDICTED, KNOWN])
 
 
@@ -41,8 +43,13 @@ def show(figure: Figure) -> None:
 
 
 def png(figure: Figure) -> bytes:
+    """The figure as PNG; with 256 colours where more would make a notebook heavy."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
+    if buffer.tell() > HEAVY:
+        image = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        buffer = io.BytesIO()
+        image.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
 
 
