@@ -144,7 +144,9 @@ PRESETS = {
             training=TrainingConfig(
                 batch_size=64, learning_rate=5e-3, warmup=0.1, max_seconds=75
             ),
-            sampling=SamplingConfig(num_iter=16, num_sampling_steps=25, cfg=2.0, clip=1.0),
+            sampling=SamplingConfig(
+                num_iter=16, num_sampling_steps=25, cfg=3.0, temperature=0.9, clip=1.0
+            ),
         ),
         Config(
             name="cifar10", data="cifar10_mini", vae=CIFAR_VAE,

@@ -27,7 +27,9 @@ def digits():
 def sample(pipeline, **arguments):
     asked = torch.arange(500) % 10
     generator = torch.Generator().manual_seed(0)
-    return asked, pipeline.generate(asked, cfg=1.0, generator=generator, **arguments)
+    return asked, pipeline.generate(
+        asked, cfg=1.0, temperature=1.0, generator=generator, **arguments
+    )
 
 
 def test_the_asked_class_is_found(digits):

@@ -183,14 +183,14 @@ def test_make_order_takes_a_function():
 
 
 WRONG = {
-    "list": ([[0, 1, 2, 3]], r"mine returned list; expected .*int64.* \(1, 4\)"),
-    "nothing": (None, "mine returned NoneType; expected .*int64"),
-    "int32": (torch.arange(4, dtype=torch.int32)[None], "mine returned torch.int32; expected"),
-    "float": (torch.arange(4.0)[None], "mine returned torch.float32; expected .*int64"),
-    "flat": (torch.arange(4), r"mine returned shape \(4,\); expected \(1, 4\), one row"),
-    "grid": (torch.arange(4).reshape(1, 2, 2), r"mine returned shape \(1, 2, 2\); expected \(1,"),
-    "two rows": (torch.arange(4).repeat(2, 1), r"mine returned shape \(2, 4\); expected \(1, 4\)"),
-    "short": (torch.arange(3)[None], r"mine returned shape \(1, 3\); expected \(1, 4\)"),
+    "list": ([[0, 1, 2, 3]], r"mine returned is list; expected .*int64.* \(1, 4\)"),
+    "nothing": (None, "mine returned is NoneType; expected .*int64"),
+    "int32": (torch.arange(4, dtype=torch.int32)[None], "mine returned is torch.int32; expected"),
+    "float": (torch.arange(4.0)[None], "mine returned is torch.float32; expected .*int64"),
+    "flat": (torch.arange(4), r"mine returned has shape \(4,\); expected \(1, 4\), one row"),
+    "grid": (torch.arange(4).reshape(1, 2, 2), r"mine returned has shape \(1, 2, 2\); expected"),
+    "two rows": (torch.arange(4).repeat(2, 1), r"mine returned has shape \(2, 4\); expected"),
+    "short": (torch.arange(3)[None], r"mine returned has shape \(1, 3\); expected \(1, 4\)"),
     "twice": (torch.tensor([[0, 1, 1, 3]]), "row 0 of what mine returned is not a permutation"),
     "from 1": (torch.tensor([[1, 2, 3, 4]]), "not a permutation of 0 to 3; each place of the 2x2"),
     "negative": (torch.tensor([[0, 1, 2, -1]]), "row 0 of what mine returned is not a permutation"),

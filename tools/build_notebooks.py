@@ -122,7 +122,10 @@ def tidy(notebook: NotebookNode) -> NotebookNode:
     notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
-            output.get("data", {}).pop(WIDGET, None)  # names a live model that no reader has
+            data = output.get("data", {})
+            data.pop(WIDGET, None)  # names a live model that no reader has
+            if "image/png" in data:
+                data.pop("text/html", None)  # the same picture, for live notebooks
             for texts, key in ((output, "text"), (output.get("data", {}), "text/plain")):
                 if key in texts:
                     texts[key] = re.sub(r" at 0x[0-9a-fA-F]{6,}", "", texts[key])

@@ -4,6 +4,8 @@ A figure's label (`figure.get_label()`) is its alternative text. Figures belong 
 nothing is drawn until `show` (in a notebook) or `save_figure`.
 """
 
+import base64
+import html
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,12 +36,20 @@ def new_figure(height: float, alt: str, width: float = WIDTH) -> Figure:
 
 
 def show(figure: Figure) -> None:
-    """Display a figure in a notebook as a PNG with alternative text."""
+    """Display a figure in a notebook, with alternative text.
+
+    As HTML, since notebooks know no alternative text for a PNG; the PNG goes along for readers of
+    stored notebooks.
+    """
     from IPython.display import display
 
-    alt = figure.get_label()
-    data = {"image/png": png(figure), "text/plain": alt}
-    display(data, raw=True, metadata={"image/png": {"alt": alt}})
+    alt, data = figure.get_label(), png(figure)
+    source = base64.b64encode(data).decode()
+    tag = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{source}">'
+    display(
+        {"text/html": tag, "image/png": data, "text/plain": alt}, raw=True,
+        metadata={"image/png": {"alt": alt}},
+    )  # fmt: skip
 
 
 def png(figure: Figure) -> bytes:
@@ -76,19 +86,20 @@ def image_grid(
     titles: Sequence[str] | None = None,
     alt: str = "",
 ) -> Figure:
-    """Pictures (N, C, H, W) in [0, 1], row by row, with a title over each if given."""
+    """Pictures (N, C, H, W) in [0, 1], row by row; titles go over the first of them."""
     rows = -(-len(images) // columns)
     cell = WIDTH / max(columns, 5)
     text = alt or f"{len(images)} images in {rows} rows" + (
         f", titled {', '.join(dict.fromkeys(titles))}" if titles else ""
     )
-    figure = new_figure(rows * cell * (1.18 if titles else 1.0), text, width=cell * columns)
+    titled = -(-len(titles) // columns) if titles else 0
+    figure = new_figure(cell * (rows + 0.22 * titled), text, width=cell * columns)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for i, ax in enumerate(axes):
         ax.axis("off")
         if i < len(images):
             draw_image(ax, images[i])
-            if titles:
+            if titles and i < len(titles):
                 ax.set_title(titles[i], fontsize=8, pad=2)
     return figure
 
@@ -206,6 +217,18 @@ def bars(counts: dict[str, Sequence[int]], *, xlabel: str, ylabel: str, alt: str
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel(ylabel)
+    return figure
+
+
+def histogram(
+    values: Sequence[float], *, xlabel: str, ylabel: str = "draws", alt: str = ""
+) -> Figure:
+    """How often values fall into each of twelve bins."""
+    figure = new_figure(2.2, alt or f"Histogram of {len(values)} values of {xlabel}")
+    axes = figure.subplots()
+    axes.hist(np.asarray(values), bins=12, color=PREDICTED, rwidth=0.85)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

@@ -20,14 +20,14 @@
 from dataclasses import asdict, replace
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from mar_mini import MAR, get_config, load_pretrained, train_mar
 from mar_mini.checkpoints import Pipeline
 from mar_mini.data import class_names, denormalise, load_images, normalise, to_tensors
 from mar_mini.viz import figures as fig
 
-torch.manual_seed(0)
+_ = torch.manual_seed(0)
 
 # %% [markdown]
 # ## Where this goes
@@ -125,8 +125,8 @@ pipeline = Pipeline(
     step.ema, clip=config.sampling.clip, classes=class_names(dataset), defaults=config.sampling
 )
 asked = [i % 10 for i in range(40)]
-digits = pipeline.generate(asked, cfg=3.0, generator=torch.Generator().manual_seed(0))
-fig.show(fig.image_grid(digits, titles=[str(n) for n in asked[:10]] + [""] * 30))
+digits = pipeline.generate(asked, generator=torch.Generator().manual_seed(0))
+fig.show(fig.image_grid(digits, titles=[str(n) for n in range(10)]))
 
 # %% [markdown]
 # They are rough: the model has seen less in its life than you have read on this page. More training
@@ -134,7 +134,7 @@ fig.show(fig.image_grid(digits, titles=[str(n) for n in asked[:10]] + [""] * 30)
 
 # %%
 digits = bundled.generate(asked, generator=torch.Generator().manual_seed(0))
-fig.show(fig.image_grid(digits, titles=[str(n) for n in asked[:10]] + [""] * 30))
+fig.show(fig.image_grid(digits, titles=[str(n) for n in range(10)]))
 
 # %% [markdown]
 # ## Watch yours grow
@@ -143,7 +143,7 @@ fig.show(fig.image_grid(digits, titles=[str(n) for n in asked[:10]] + [""] * 30)
 # this step, and which are still masked.
 
 # %%
-frames = list(pipeline.sample([8, 2], cfg=3.0, generator=torch.Generator().manual_seed(3)))
+frames = list(pipeline.sample([8, 2], generator=torch.Generator().manual_seed(3)))
 fig.show(fig.filmstrip(frames, row=0, alt="An 8 by the model trained here, growing"))
 print("tokens predicted in each step:", [int(frame.predicted[0].sum()) for frame in frames])
 

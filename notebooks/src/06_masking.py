@@ -68,9 +68,8 @@ for name in ("random", "spiral"):
 
 # %%
 ratios = [masking.sample_mask_ratio(0.7, generator) for _ in range(5000)]
-counts = torch.histc(torch.tensor(ratios), bins=12, min=0.7, max=1.0).int().tolist()
 print(f"smallest {min(ratios):.3f}, largest {max(ratios):.3f}, mean {sum(ratios) / 5000:.3f}")
-fig.show(fig.bars({"5,000 mask ratios, from 0.7 to 1.0": counts}, xlabel="bin", ylabel="draws"))
+fig.show(fig.histogram(ratios, xlabel="mask ratio"))
 
 # %% [markdown]
 # On average seven tokens of eight are hidden. Notice what that saves: the **encoder** looks at the
@@ -269,13 +268,13 @@ my_order = check.my_order(my_order)
 # %% [markdown]
 # ## Let a model generate in it
 #
-# A small MAR is bundled with the course, trained for a minute on handwritten digits of 4x4 tokens.
-# It has seen random orders only. *Predict first:* will it write a 3 in your order as well?
+# A small MAR is bundled with the course, trained for 75 seconds on digits of 4x4 tokens. It
+# has seen random orders only. *Predict first:* will it write a 3 in your order as well?
 
 # %%
 pipeline = load_pretrained("digits")
 frames = list(
-    pipeline.sample([3, 7, 8], order=my_order, generator=torch.Generator().manual_seed(2))
+    pipeline.sample([3], order=my_order, generator=torch.Generator().manual_seed(1))
 )
 fig.show(fig.filmstrip(frames, row=0))
 
