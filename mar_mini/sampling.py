@@ -80,46 +80,51 @@ def sample(
 
     Raises ValueError for anything that does not fit, before the first step.
     """
-    length, device = model.seq_len, next(model.parameters()).device
+    device = next(model.parameters()).device
     labels = resolve_labels(labels, batch_size, model, tokens).to(device)
-    batch_size = len(labels)
-    if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
-        raise ValueError(f"{len(generator)} generators for {batch_size} images; pass one for each")
-    tokens, mask = start(model, batch_size, tokens, known)
-    order = resolve_order(order, model, batch_size, generator).to(device)
-    weight_of = (
-        cfg_schedule if callable(cfg_schedule)
-        else choose("cfg_schedule", cfg_schedule, CFG_SCHEDULES)
-    )  # fmt: skip
-    # the places that are masked, in their turn: stable sort moves the known ones to the front
+    if isinstance(generator, (list, tuple)) and len(generator) != len(labels):
+        raise ValueError(f"{len(generator)} generators for {len(labels)} images; pass one for each")
+    tokens, mask = start(model, len(labels), tokens, known)
+    order = resolve_order(order, model, len(labels), generator).to(device)
+    # the masked places in their turn: the stable sort moves what is known to the front
     turn = order.gather(1, mask.gather(1, order).int().argsort(dim=1, stable=True))
-    guided = bool((labels != NO_CLASS).any())
-
-    def steps() -> Iterator[Frame]:
-        nonlocal tokens, mask
-        for step, num_masked in enumerate(masked_after(int(mask[0].sum()), num_iter)):
-            still = mask_by_order(turn, num_masked)
-            predicted = mask & ~still
-            # the published loop counts one token as masked in the last step as well
-            weight = weight_of(cfg, max(1, num_masked), length) if guided else 1.0
-            drawn = predict(
-                model, tokens, mask, labels, predicted, weight,
-                temperature=temperature, clip=clip, num_sampling_steps=num_sampling_steps,
-                generator=generator,
-            )  # fmt: skip
-            tokens = tokens.masked_scatter(predicted[..., None], drawn)
-            mask = still
-            yield Frame(step, tokens, predicted, mask)
-
-    # refuse what cannot work now, not at the first step
-    masked_after(int(mask[0].sum()), num_iter)
+    schedule = masked_after(int(mask[0].sum()), num_iter)
+    if isinstance(cfg_schedule, str):
+        cfg_schedule = choose("cfg_schedule", cfg_schedule, CFG_SCHEDULES)
     if num_sampling_steps is not None:
-        Diffusion(num_sampling_steps)
+        Diffusion(num_sampling_steps)  # refuses an impossible number
     if clip is not None and clip <= 0:
         raise ValueError(f"clip is {clip}; expected more than 0, the largest |x0|, or None")
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}; expected 0 or more")
-    return steps()
+    head_arguments = {
+        "temperature": temperature, "clip": clip, "num_sampling_steps": num_sampling_steps,
+        "generator": generator,
+    }  # fmt: skip
+    # the published loop counts one token as masked in the last step as well
+    weights = [cfg_schedule(cfg, max(1, num_masked), model.seq_len) for num_masked in schedule]
+    if (labels == NO_CLASS).all():
+        weights = [1.0] * len(schedule)  # nothing to guide
+    return steps(model, tokens, mask, labels, turn, schedule, weights, head_arguments)
+
+
+def steps(
+    model: MAR, tokens: Tensor, mask: Tensor, labels: Tensor, turn: Tensor, schedule: list[int],
+    weights: list[float], head_arguments: dict,
+) -> Iterator[Frame]:  # fmt: skip
+    """The loop itself: which tokens come next, draw them, put them in their places.
+
+    turn      int64 (B, L), the order with the known places first
+    schedule  how many tokens are still masked after each step
+    weights   guidance weight of each step
+    """
+    for step, (num_masked, weight) in enumerate(zip(schedule, weights, strict=True)):
+        still = mask_by_order(turn, num_masked)                                 # (B, L)
+        predicted = mask & ~still                                               # (B, L)
+        drawn = predict(model, tokens, mask, labels, predicted, weight, **head_arguments)
+        tokens = tokens.masked_scatter(predicted[..., None], drawn)             # (B, L, C)
+        mask = still
+        yield Frame(step, tokens, predicted, mask)
 
 
 def generate(model: MAR, labels=None, **arguments) -> Float[Tensor, "B L C"]:
