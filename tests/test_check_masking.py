@@ -37,6 +37,16 @@ def places_for_turns(order, num_masked):
     return order >= order.shape[1] - num_masked
 
 
+def all_rows(order, num_masked):
+    mask = torch.zeros_like(order, dtype=torch.bool)
+    mask[:, order[:, order.shape[1] - num_masked :].flatten()] = True
+    return mask
+
+
+def first_row(order, num_masked):
+    return masking.mask_by_order(order[:1].expand_as(order).contiguous(), num_masked)
+
+
 def minus_zero(order, num_masked):
     return scatter(order, order[:, -num_masked:])  # -0 is the beginning
 
@@ -56,6 +66,8 @@ def whole_numbers(order, num_masked):
         (first_not_last, "whose turn comes first"),
         (last_places, "last places of the picture"),
         (places_for_turns, "they are places"),
+        (all_rows, "places of all rows in every row"),
+        (first_row, "first row's order"),
         (minus_zero, r"\(order, 0\) masks everything: a slice"),
         (one_too_few, r"masks \[11, 11, 11, 11, 11\] tokens .* expected 12"),
         (whole_numbers, "dtype torch.int64, expected torch.bool"),
@@ -97,8 +109,11 @@ def cosine(length, num_iter, whole=math.floor, guard=True, share=quarter_wave):
         (lambda n, k: cosine(n, k, share=lambda u: 1 - u), "spreads the tokens evenly"),
         (lambda n, k: cosine(n, k, guard=False), "predicts no token in step 2"),
         (lambda n, k: masking.masked_after(n, k), "still masked after each step"),
+        (lambda n, k: [n, *masking.masked_after(n, k)], "the number still masked"),
+        (lambda n, k: [-x for x in cosine(n, k)], "wrong way round"),
+        (lambda n, k: cosine(n, k, share=lambda u: quarter_wave(u - 1 / k)), "one step late"),
         (lambda n, k: cosine(n, k)[:-1] + [1], "255 tokens in all|tokens in all, expected 256"),
-        (lambda n, k: cosine(n, k, whole=math.ceil), r"\[\d+\] is \d+, expected \d+"),
+        (lambda n, k: cosine(n, k, whole=math.ceil), "rounds what is left masked up"),
         (lambda n, k: torch.tensor(cosine(n, k)), "is a Tensor, expected a list of int"),
     ],
 )
@@ -123,7 +138,7 @@ def with_repeats(height, width, batch_size, generator=None):
     ("wrong", "message"),
     [
         (one_row, r"has shape \(1, 16\); expected \(3, 16\)"),
-        (square_only, r"on a 3x5 grid: what square_only returned has shape"),
+        (square_only, r"for height 3, width 5: what square_only returned has shape"),
         (with_repeats, "not a permutation"),
         (masking.raster, "raster order"),
         (masking.reversed_raster, "raster order"),

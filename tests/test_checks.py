@@ -118,7 +118,7 @@ def test_an_error_outside_the_learners_code_is_placed_in_the_check(capsys):
     check(returns_nothing)
     assert capsys.readouterr().out == (
         "halves: AttributeError: 'NoneType' object has no attribute 'sum' "
-        f"(in the check, using what yours returned); {GOES_ON}\n"
+        f"(when the check called it or used its result); {GOES_ON}\n"
     )
 
 

@@ -194,7 +194,7 @@ def _where(error: Exception, learner: object) -> str:
                 source = linecache.getline(code.co_filename, line).strip()
                 number = line - code.co_firstlineno + 1
                 return f"line {number} of {code.co_name}" + (f": `{source}`" if source else "")
-    return "in the check, using what yours returned"
+    return "when the check called it or used its result"
 
 
 def _codes(learner: object) -> Iterator[CodeType]:

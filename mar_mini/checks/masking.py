@@ -24,6 +24,9 @@ def mask_by_order(candidate):
             "masks everything: a slice that begins at -0 is the whole row": (
                 torch.ones_like(want) if n == 0 else want
             ),
+            "masks the places of all rows in every row: each row has an order of its own, so index "
+            "row by row, as scatter does": want.any(0).expand_as(want),
+            "uses the first row's order for all rows": want[:1].expand_as(want),
             "is upside down: True means masked, still to be predicted": ~want,
             "masks the tokens whose turn comes first; the masked ones are at the order's end": (
                 masking.mask_by_order(order.flip(1), n)
@@ -49,10 +52,11 @@ def tokens_per_step(candidate):
         if not isinstance(got, (list, tuple)):
             raise Failed(f"{what} is a {type(got).__name__}, expected a list of int")
         want = masking.tokens_per_step(length, num_iter)
+        after, many = masking.masked_after(length, num_iter), "the number still masked"
         mistakes = {
-            "has the number still masked after each step, expected how many each step predicts": (
-                masking.masked_after(length, num_iter)
-            ),
+            f"has {many} after each step, expected how many each step predicts": after,
+            f"has {many}, expected how many each step predicts": [length, *after],
+            "has the differences the wrong way round": [-n for n in want],
             "takes many tokens first and few at the end; it is the share still masked that follows "
             "the cosine": want[::-1],
             "spreads the tokens evenly, expected the cosine schedule": (
@@ -60,6 +64,12 @@ def tokens_per_step(candidate):
             ),
             "rounds what is left masked to the nearest; the formula rounds down": (
                 _cosine(length, num_iter, round)
+            ),
+            "rounds what is left masked up; the formula rounds down": (
+                _cosine(length, num_iter, math.ceil)
+            ),
+            "is one step late: m_1, with i = 1, is what is left after the first step": (
+                _cosine(length, num_iter, math.floor, late=1)
             ),
         }
         refuse_mistakes(list(got), want, mistakes, what)
@@ -76,12 +86,12 @@ def tokens_per_step(candidate):
         equal(got, want, what)
 
 
-def _cosine(length: int, num_iter: int, whole) -> list[int]:
-    """The schedule with another way to make whole numbers."""
+def _cosine(length: int, num_iter: int, whole, late: int = 0) -> list[int]:
+    """The schedule with another way to make whole numbers, or some steps late."""
     masked = [length]
     for i in range(1, num_iter):
-        left = whole(length * math.cos(math.pi / 2 * i / num_iter))
-        masked.append(max(1, min(masked[-1] - 1, left)))
+        left = whole(length * math.cos(math.pi / 2 * (i - late) / num_iter))
+        masked.append(min(masked[-1] - 1, left))
     return [before - after for before, after in pairwise([*masked, 0])]
 
 
@@ -93,7 +103,7 @@ def my_order(candidate):
         try:
             order = masking.make_order(candidate, height, width, 3, seeded)
         except ValueError as error:
-            raise Failed(f"on a {height}x{width} grid: {error}") from error
+            raise Failed(f"for height {height}, width {width}: {error}") from error
     for backwards in (False, True):
         if torch.equal(order[0], order[0].sort(descending=backwards).values):
             raise Failed("that is raster order, forwards or backwards; choose another")
