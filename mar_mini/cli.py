@@ -92,10 +92,11 @@ def train(
     """
     from mar_mini.configs import get_config
     from mar_mini.data import class_names, load_images, normalise, to_tensors
-    from mar_mini.recipes import train_pipeline
+    from mar_mini.recipes import train_pipeline, trainable
     from mar_mini.viz.figures import image_grid, save_figure
 
     preset = get_config(config)
+    trainable(preset)
     if max_seconds is not None or max_steps is not None:
         budget = replace(preset.training, max_seconds=max_seconds, max_steps=max_steps)
         preset = replace(preset, training=budget)
@@ -115,8 +116,7 @@ def with_progress(steps):
     """Run a training generator to its end behind a progress bar; return what it returns."""
     from tqdm import tqdm
 
-    bar = tqdm(total=100, unit="%", bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}")
-    stage = None
+    bar = stage = None
     while True:
         try:
             stage_now, step = next(steps)
@@ -124,7 +124,10 @@ def with_progress(steps):
             bar.close()
             return end.value
         if stage_now != stage:
+            if bar is not None:
+                bar.close()
             stage = stage_now
+            bar = tqdm(total=100, bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}")
             bar.set_description_str(f"training the {stage}")
         bar.n = round(100 * step.progress)
         rate, left = step.images_seen / step.seconds, step.seconds * (1 / step.progress - 1)

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mar_mini.checkpoints import Pipeline
-from mar_mini.configs import Config
+from mar_mini.configs import Config, MARConfig
 from mar_mini.mar import MAR
 from mar_mini.sampling import evaluating
 from mar_mini.training import Step, train_mar, train_vae
@@ -31,9 +31,7 @@ def train_pipeline(
 
     Raises ValueError if the images or classes do not fit the preset.
     """
-    mar_config = config.mar
-    if mar_config is None:
-        raise ValueError(f"preset {config.name!r} has no MAR to train; choose one that has")
+    mar_config = trainable(config)
     if len(classes) != mar_config.class_num:
         raise ValueError(
             f"{len(classes)} classes, but preset {config.name!r} is made for {mar_config.class_num}"
@@ -43,12 +41,24 @@ def train_pipeline(
             f"images are {tuple(images.shape)}; preset {config.name!r} is made for "
             f"{mar_config.img_size}x{mar_config.img_size} pixels, so resize or crop them"
         )
+    return stages(config, images, labels, classes, seed, device)
+
+
+def trainable(config: Config) -> MARConfig:
+    """The preset's MAR. Raises ValueError if it has none, or no recipe for its autoencoder."""
+    if config.mar is None:
+        raise ValueError(f"preset {config.name!r} has no MAR to train; choose one that has")
+    if config.vae is not None and config.vae_training is None:
+        raise ValueError(f"preset {config.name!r} does not say how to train its autoencoder")
+    return config.mar
+
+
+def stages(config, images, labels, classes, seed, device) -> Iterator[tuple[str, Step]]:
+    """The stages of `train_pipeline`, one after the other."""
     torch.manual_seed(seed)
     vae, mirrored, scale, clip = None, None, 1.0, config.sampling.clip
     latents = images
     if config.vae is not None:
-        if config.vae_training is None:
-            raise ValueError(f"preset {config.name!r} does not say how to train its autoencoder")
         vae = AutoencoderKL(**asdict(config.vae)).to(device)
         for step in train_vae(vae, images, config.vae_training, seed=seed):
             yield "autoencoder", step
@@ -57,7 +67,7 @@ def train_pipeline(
         scale = 1.0 / float(latents.std())
         latents, mirrored = latents * scale, mirrored * scale
         clip = float(latents.abs().max())
-    mar = MAR(**asdict(mar_config)).to(device)
+    mar = MAR(**asdict(config.mar)).to(device)
     for step in train_mar(mar, latents, labels, config.training, mirrored=mirrored, seed=seed):
         yield "masked autoregressive model", step
     card = {"steps": step.step, "seconds": round(step.seconds, 1), "loss": round(step.loss, 4),

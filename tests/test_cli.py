@@ -20,13 +20,15 @@ def test_train_then_sample(tmp_path):
     assert done.returncode == 0, done.stderr
     card = json.loads((tmp_path / "model" / "config.json").read_text())
     assert card["card"]["steps"] == 3 and card["classes"] == [str(i) for i in range(10)]
-    assert Image.open(tmp_path / "model" / "samples.png").width == 700
+    with Image.open(tmp_path / "model" / "samples.png") as grid:
+        assert grid.width == 700
     done = run(
         "sample", tmp_path / "model", "--labels", 3, 1, 4, "--out", tmp_path / "deep" / "grid.png"
     )
     assert done.returncode == 0, done.stderr
     assert "3, 1, 4" in done.stdout
-    assert Image.open(tmp_path / "deep" / "grid.png").format == "PNG"
+    with Image.open(tmp_path / "deep" / "grid.png") as grid:
+        assert grid.format == "PNG"
 
 
 @pytest.mark.parametrize(

@@ -77,3 +77,31 @@ def test_another_budget_is_another_run():
     steps = [step for _, step in train_pipeline(config, data.normalise(images), labels, names)]
     assert [step.step for step in steps] == [1, 2, 3]
     assert steps[-1].progress == 1.0
+
+
+def test_a_preset_with_an_autoencoder_measures_its_latents():
+    config = get_config("cifar10")
+    few = {"max_steps": 4, "max_seconds": None, "batch_size": 16}
+    config = dataclasses.replace(
+        config,
+        training=dataclasses.replace(config.training, **few),
+        vae_training=dataclasses.replace(config.vae_training, **few),
+    )
+    dataset = data.load_images("cifar10_mini", "test").select(range(40))
+    images, labels = data.to_tensors(dataset)
+    stages, steps = [], train_pipeline(
+        config, data.normalise(images), labels, data.class_names(dataset)
+    )
+    while True:
+        try:
+            stages.append(next(steps)[0])
+        except StopIteration as end:
+            pipeline = end.value
+            break
+    assert stages == ["autoencoder"] * 4 + ["masked autoregressive model"] * 4
+    tokens = pipeline.to_tokens(data.denormalise(data.normalise(images)))
+    assert tokens.shape == (40, 64, 16)
+    assert float(tokens.std()) == pytest.approx(1.0, rel=1e-3)
+    assert float(tokens.abs().max()) == pytest.approx(pipeline.clip, rel=1e-3)
+    made = pipeline.generate([0, 9], num_iter=2, num_sampling_steps=2)
+    assert made.shape == (2, 3, 32, 32) and 0 <= made.min() and made.max() <= 1
