@@ -142,7 +142,7 @@ PRESETS = {
                 encoder_depth=1,
             ),
             training=TrainingConfig(
-                batch_size=48, learning_rate=5e-3, warmup=0.1, max_seconds=75
+                batch_size=48, learning_rate=3e-3, warmup=0.1, max_seconds=75
             ),
             sampling=SamplingConfig(
                 num_iter=16, num_sampling_steps=25, cfg=3.0, temperature=0.9, clip=1.0
