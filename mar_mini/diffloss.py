@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -29,7 +30,7 @@ def draw_noise(n: int, channels: int, generator: Generators, like: Tensor) -> Te
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Shift and scale each channel as the condition says: adaLN (Peebles & Xie 2023, DiT)."""
-    return x * (1 + scale) + shift
+    return torch.addcmul(x + shift, x, scale)
 
 
 class TimestepEmbedder(nn.Module):
@@ -52,6 +53,9 @@ class TimestepEmbedder(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
     def forward(self, t: Int[Tensor, " N"]) -> Float[Tensor, "N W"]:
+        if len(t) > NUM_TIMESTEPS:  # more rows than timesteps: embed each timestep once
+            every = torch.arange(NUM_TIMESTEPS, device=t.device)
+            return F.embedding(t, self(every))
         return self.mlp(self.sinusoids(t).to(self.mlp[0].weight.dtype))
 
 
@@ -66,7 +70,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "N W"], y: Float[Tensor, "N W"]) -> Float[Tensor, "N W"]:
         shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)     # 3 x (N, W)
-        return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))  # (N, W)
+        h = self.mlp(modulate(self.in_ln(x), shift, scale))                # (N, W)
+        return torch.addcmul(x, gate, h)                                   # (N, W)
 
 
 class FinalLayer(nn.Module):
@@ -122,11 +127,20 @@ class SimpleMLPAdaLN(nn.Module):
             nn.init.zeros_(layer.weight)
 
     def forward(
-        self, x: Float[Tensor, "N C"], t: Int[Tensor, " N"], z: Float[Tensor, "N D"]
-    ) -> Float[Tensor, "N C2"]:
-        """Predicted noise and v for noisy tokens x at the original timesteps t, given z."""
+        self, x: Float[Tensor, "R C"], t: Int[Tensor, " R"], z: Float[Tensor, "N D"]
+    ) -> Float[Tensor, "R C2"]:
+        """Predicted noise and v for noisy tokens x at the original timesteps t, given z.
+
+        R is a multiple of N: noise levels of the same tokens one after the other, and the
+        condition is embedded once for all of them.
+        """
+        condition = self.cond_embed(z)                             # (N, W)
+        y = self.time_embed(t).unflatten(0, (-1, len(z))) + condition      # (R / N, N, W)
+        return self.denoise(x, y.flatten(0, 1))                    # (R, 2C)
+
+    def denoise(self, x: Float[Tensor, "N C"], y: Float[Tensor, "N W"]) -> Float[Tensor, "N C2"]:
+        """The MLP itself; y is the sum of the embedded timestep and the embedded condition."""
         x = self.input_proj(x)                                     # (N, W)
-        y = self.time_embed(t) + self.cond_embed(z)                # (N, W)
         for block in self.res_blocks:
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, y, use_reentrant=False)   # (N, W)
@@ -153,7 +167,9 @@ class Head(nn.Module):
     A head of one's own subclasses this and writes `forward` and `sample`.
     """
 
-    def forward(self, target, z, mask=None, *, t=None, noise=None, generator=None) -> Tensor:
+    def forward(
+        self, target, z, mask=None, *, repeat=1, t=None, noise=None, generator=None
+    ) -> Tensor:
         """The loss, a scalar."""
         raise NotImplementedError
 
@@ -200,12 +216,14 @@ class DiffLoss(Head):
         z: Float[Tensor, "N D"],
         mask: Bool[Tensor, " N"] | None = None,
         *,
-        t: Int[Tensor, " N"] | None = None,
-        noise: Float[Tensor, "N C"] | None = None,
+        repeat: int = 1,
+        t: Int[Tensor, " R"] | None = None,
+        noise: Float[Tensor, "R C"] | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, ""]:
         """Mean loss over the masked tokens (over all without a mask): `terms(...)["loss"]`."""
-        return self.terms(target, z, mask, t=t, noise=noise, generator=generator)["loss"]
+        given = {"t": t, "noise": noise, "generator": generator}
+        return self.terms(target, z, mask, repeat=repeat, **given)["loss"]
 
     def terms(
         self,
@@ -213,8 +231,9 @@ class DiffLoss(Head):
         z: Float[Tensor, "N D"],
         mask: Bool[Tensor, " N"] | None = None,
         *,
-        t: Int[Tensor, " N"] | None = None,
-        noise: Float[Tensor, "N C"] | None = None,
+        repeat: int = 1,
+        t: Int[Tensor, " R"] | None = None,
+        noise: Float[Tensor, "R C"] | None = None,
         generator: torch.Generator | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
         """The loss and its two parts, `mse` and `vb`, as means over the masked tokens.
@@ -222,19 +241,25 @@ class DiffLoss(Head):
         target  (N, C) clean tokens
         z       (N, D) conditions
         mask    (N,) bool, True = counts; the head does not even look at the others
-        t       (N,) int64 timesteps in [0, 1000) and noise (N, C), drawn from `generator` if None
+        repeat  noise levels drawn for each token
+        t       (R,) int64 timesteps in [0, 1000) and noise (R, C), R = repeat * N rows,
+                repetition-major; drawn from `generator` if None
         """
         if mask is not None:
             target, z = target[mask], z[mask]
-            t = None if t is None else t[mask]
-            noise = None if noise is None else noise[mask]
-        rows = self.rows(target, z, t=t, noise=noise, generator=generator)
+            t, noise = (
+                x if x is None else x.unflatten(0, (repeat, -1))[:, mask].flatten(0, 1)
+                for x in (t, noise)
+            )
+        given = {"t": t, "noise": noise, "generator": generator}
+        rows = self.rows(target, z, repeat=repeat, **given)
         return {name: value.mean() for name, value in rows.items()}
 
     def rows(
-        self, target: Tensor, z: Tensor, *, t=None, noise=None, generator=None
-    ) -> dict[str, Float[Tensor, " N"]]:
-        """The loss of each token and its two parts; see `terms`."""
+        self, target: Tensor, z: Tensor, *, repeat=1, t=None, noise=None, generator=None
+    ) -> dict[str, Float[Tensor, " R"]]:
+        """The loss of each token and noise level and its two parts; see `terms`."""
+        target = target.repeat(repeat, 1)                                  # (R, C)
         if t is None:
             device = target.device if generator is None else generator.device
             t = torch.randint(NUM_TIMESTEPS, target.shape[:1], generator=generator, device=device)
@@ -275,11 +300,13 @@ class DiffLoss(Head):
         dtype = self.net.input_proj.weight.dtype
         if z_uncond is not None:
             z = torch.cat([z, z_uncond])                                   # (2N, D)
+        # what does not change from step to step: all timesteps and the conditions, embedded
+        timesteps = self.net.time_embed(diffusion.timestep_map.to(z.device))   # (T, W)
+        condition = self.net.cond_embed(z)                                 # (N or 2N, W)
         x = draw_noise(n, channels, generator, z.new_empty(0).float())     # (N, C)
         for t in reversed(range(diffusion.num_steps)):
             x_in = (x if z_uncond is None else torch.cat([x, x])).to(dtype)    # (N or 2N, C)
-            t_in = diffusion.timestep_map[t].to(z.device).expand(len(z))   # (N or 2N,)
-            output = self.net(x_in, t_in, z).float()                       # (N or 2N, 2C)
+            output = self.net.denoise(x_in, timesteps[t] + condition).float()  # (N or 2N, 2C)
             if z_uncond is not None:
                 output = guide(output, cfg)                                # (N, 2C)
             noise = None

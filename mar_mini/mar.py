@@ -3,6 +3,7 @@
 Parameter names and shapes are those of the published weights (MAR section 3.4 and figure 3).
 """
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mar_mini import masking, tokens
 from mar_mini.diffloss import DiffLoss, Head
+from mar_mini.tokens import take
 from mar_mini.transformer import LAYER_NORM_EPS, Block
 
 NO_CLASS = -1  # the label of an image whose class is not given, or dropped
@@ -157,7 +159,7 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         labels   (B,) int64, -1 = no class
         returns  (B, buffer_size + known, D)
         """
-        known = masking.known_positions(mask)                                       # (B, K)
+        known = masking.positions(~mask, "known")                           # (B, K)
         x = self.z_proj(take(x, known).to(self.z_proj.weight.dtype))        # (B, K, D)
         x = x + take(self.encoder_pos_embed_learned[:, self.buffer_size :], known)
         buffer = self.class_embedding(labels)[:, None]                      # (B, 1, D)
@@ -166,30 +168,50 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         return self.encoder_norm(self.run(self.encoder_blocks, x))          # (B, S, D)
 
     def forward_decoder(
-        self, x: Float[Tensor, "B S D"], mask: Bool[Tensor, "B L"]
-    ) -> Float[Tensor, "B L E"]:
-        """Put a mask token where a token is missing, and compute z for every place.
+        self,
+        x: Float[Tensor, "B S D"],
+        mask: Bool[Tensor, "B L"],
+        wanted: Bool[Tensor, "B L"] | None = None,
+    ) -> Float[Tensor, "B M E"]:
+        """Put a mask token where a token is missing, and compute z for the wanted places.
 
         x        (B, buffer_size + known, D) from `forward_encoder` under the same mask
         mask     (B, L) bool, True = masked
-        returns  z (B, L, E), the head's condition
+        wanted   (B, L) bool, True = z is needed there, the same number in each row; all if None
+        returns  z (B, M, E) of the M wanted places, positions ascending: the head's condition
         """
-        known = masking.known_positions(mask)[..., None]                            # (B, K, 1)
+        known = masking.positions(~mask, "known")[..., None]                # (B, K, 1)
         x = self.decoder_embed(x)                                           # (B, S, E)
         buffer, x = x[:, : self.buffer_size], x[:, self.buffer_size :]
         full = self.mask_token.to(x.dtype).repeat(*mask.shape, 1)           # (B, L, E)
         full = full.scatter(1, known.expand_as(x), x)                       # (B, L, E)
         x = torch.cat([buffer, full], dim=1) + self.decoder_pos_embed_learned
-        x = self.decoder_norm(self.run(self.decoder_blocks, x))             # (B, buffer + L, E)
-        return x[:, self.buffer_size :] + self.diffusion_pos_embed_learned  # (B, L, E)
+        if wanted is None:
+            wanted = torch.ones_like(mask)
+        rows = masking.positions(wanted, "wanted")                          # (B, M)
+        x = self.run(self.decoder_blocks, x, rows + self.buffer_size)       # (B, M, E)
+        return self.decoder_norm(x) + take(self.diffusion_pos_embed_learned, rows)
 
-    def run(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
-        for block in blocks:
+    def run(
+        self,
+        blocks: nn.ModuleList,
+        x: Float[Tensor, "B N D"],
+        rows: Int[Tensor, "B K"] | None = None,
+    ) -> Float[Tensor, "B K D"]:
+        """All blocks in turn; then the given rows, or all.
+
+        The last block computes those rows only, if its `forward` takes `rows` as that of `Block`
+        does: z is needed of the tokens to predict, and in a sampling step these are few.
+        """
+        for i, block in enumerate(blocks):
+            wanted = ()
+            if rows is not None and i == len(blocks) - 1 and takes_rows(block):
+                wanted, rows = (rows,), None
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, *wanted, use_reentrant=False)
             else:
-                x = block(x)
-        return x
+                x = block(x, *wanted)
+        return x if rows is None else take(x, rows)
 
     def forward(
         self,
@@ -225,32 +247,29 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         if self.training and self.label_drop_prob > 0:
             labels = self.drop_labels(labels, generator)
         x = self.forward_encoder(target, mask, labels)                      # (B, S, D)
-        z = self.forward_decoder(x, mask)                                   # (B, L, E)
-        # the head sees the masked tokens alone, each diffusion_batch_mul times
-        target, z, t, noise = self.masked_rows(target, z, mask, t, noise)   # (M, C), (M, E), ...
+        z = self.forward_decoder(x, mask, wanted=mask)                      # (B, M, E)
+        target = take(target, masking.positions(mask, "masked"))            # (B, M, C)
+        t, noise = (self.masked_rows(name, x, mask) for name, x in (("t", t), ("noise", noise)))
         head = self.diffloss.terms if return_terms else self.diffloss
-        return head(target, z, t=t, noise=noise, generator=generator)
+        return head(
+            target.flatten(0, 1), z.flatten(0, 1), repeat=self.diffusion_batch_mul, t=t,
+            noise=noise, generator=generator,
+        )  # fmt: skip
 
-    def masked_rows(
-        self, target: Tensor, z: Tensor, mask: Tensor, t: Tensor | None, noise: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Rows (M, ...) of the masked tokens, repetition-major; M = diffusion_batch_mul * masked.
+    def masked_rows(self, name: str, given: Tensor | None, mask: Tensor) -> Tensor | None:
+        """Of t or noise, given for all tokens and repetitions, the rows of the masked tokens.
 
-        Raises ValueError if t or noise do not have one row for each token and repetition.
+        Raises ValueError if there is not one row for each token and repetition.
         """
+        if given is None:
+            return None
         repeat = self.diffusion_batch_mul
-        rows = repeat * mask.numel()
-        for name, given in (("t", t), ("noise", noise)):
-            if given is not None and len(given) != rows:
-                raise ValueError(
-                    f"{name} has {len(given)} rows; expected diffusion_batch_mul * B * L = {rows}"
-                )
-        hidden = mask.flatten()                                             # (B * L,)
-        t, noise = (
-            x if x is None else x.unflatten(0, (repeat, -1))[:, hidden].flatten(0, 1)
-            for x in (t, noise)
-        )
-        return target[mask].repeat(repeat, 1), z[mask].repeat(repeat, 1), t, noise
+        if len(given) != repeat * mask.numel():
+            raise ValueError(
+                f"{name} has {len(given)} rows; expected diffusion_batch_mul * B * L = "
+                f"{repeat * mask.numel()}"
+            )
+        return given.unflatten(0, (repeat, -1))[:, mask.flatten()].flatten(0, 1)
 
     def draw_mask(
         self, batch_size: int, generator: torch.Generator | None = None
@@ -269,10 +288,8 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         return labels.masked_fill(chance < self.label_drop_prob, NO_CLASS)
 
 
-def take(x: Float[Tensor, "A L D"], positions: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
-    """x at those positions of each row; x may have one row for all."""
-    x = x.expand(len(positions), -1, -1)
-    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+def takes_rows(block: nn.Module) -> bool:
+    return "rows" in inspect.signature(block.forward).parameters
 
 
 def check_labels(labels, class_num: int, batch_size: int | None = None) -> Int[Tensor, " B"]:

@@ -160,20 +160,23 @@ def mask_by_order(order: Int[Tensor, "B L"], num_masked: int) -> Bool[Tensor, "B
     return mask.scatter_(1, order[:, order.shape[1] - num_masked :], True)
 
 
-def known_positions(mask: Bool[Tensor, "B L"]) -> Int[Tensor, "B K"]:
-    """Positions of the known tokens of each row, ascending.
+def positions(chosen: Bool[Tensor, "B L"], what: str = "chosen") -> Int[Tensor, "B K"]:
+    """Positions of the chosen tokens of each row, ascending.
 
-    Raises ValueError if the rows do not have the same number of known tokens.
+    chosen  bool (B, L), True = chosen
+    what    the word for them in the message
+
+    Raises ValueError if the rows do not have the same number of chosen tokens.
     """
-    counts = (~mask).sum(1)
-    least, most = (int(n) for n in counts.aminmax())
+    counts = chosen.sum(1)
+    least, most = torch.stack(counts.aminmax()).tolist()
     if least != most:
         row = int((counts != counts[0]).nonzero()[0])
         raise ValueError(
-            f"row 0 of the mask has {int(counts[0])} known tokens, row {row} has "
+            f"row 0 of the mask has {int(counts[0])} {what} tokens, row {row} has "
             f"{int(counts[row])}; expected the same number in each row of a batch, so split it"
         )
-    return mask.int().argsort(dim=1, stable=True)[:, :most]
+    return chosen.int().argsort(dim=1, descending=True, stable=True)[:, :most]
 
 
 def sample_mask_ratio(

@@ -143,13 +143,15 @@ def predict(
     """
     with evaluating(model):
         if cfg == 1.0:
-            z = model.forward_decoder(model.forward_encoder(tokens, mask, labels), mask)
-            return model.diffloss.sample(z[predicted], **head_arguments)
-        both = torch.cat([labels, torch.full_like(labels, NO_CLASS)])           # (2B,)
-        tokens, mask = tokens.repeat(2, 1, 1), mask.repeat(2, 1)                # (2B, L, ...)
-        z = model.forward_decoder(model.forward_encoder(tokens, mask, both), mask)
-        z, z_uncond = z.chunk(2)                                                # 2 x (B, L, E)
-        return model.diffloss.sample(z[predicted], z_uncond[predicted], cfg=cfg, **head_arguments)
+            x = model.forward_encoder(tokens, mask, labels)                     # (B, S, D)
+            z = model.forward_decoder(x, mask, predicted)                       # (B, K, E)
+            return model.diffloss.sample(z.flatten(0, 1), **head_arguments)     # (N, C)
+        labels = torch.cat([labels, torch.full_like(labels, NO_CLASS)])         # (2B,)
+        tokens, mask, predicted = (x.repeat(2, *[1] * (x.ndim - 1))
+                                   for x in (tokens, mask, predicted))          # (2B, L, ...)
+        x = model.forward_encoder(tokens, mask, labels)                         # (2B, S, D)
+        z, z_uncond = model.forward_decoder(x, mask, predicted).flatten(0, 1).chunk(2)
+        return model.diffloss.sample(z, z_uncond, cfg=cfg, **head_arguments)    # (N, C)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Images or latents to a sequence of tokens, and back."""
 
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -63,3 +63,9 @@ def unpatchify(
     return rearrange(
         tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, w=columns, p=patch_size, q=patch_size
     )
+
+
+def take(x: Float[Tensor, "A L D"], positions: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
+    """x at those positions of each row; x may have one row for all."""
+    x = x.expand(len(positions), -1, -1)
+    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))

@@ -2,25 +2,53 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mar_mini.tokens import take
+
 LAYER_NORM_EPS = 1e-6
+
+
+def drop(x: Tensor, p: float) -> Tensor:
+    """Set a share p of the values to zero and scale up the rest (Srivastava et al. 2014).
+
+    x        any shape, float
+    returns  the same shape; p is rounded to a multiple of 1/65536
+
+    On a CPU the library draws one random number for each value, one after the other, which takes
+    a third of a training step. Here one number of 64 bits decides on four values.
+    """
+    dropped = round(p * 2**16)                                         # of 65536 equal cases
+    if x.device.type != "cpu" or not 0 < dropped < 2**16:
+        return F.dropout(x, p)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    cases = bits.view(torch.int16)[: x.numel()].view(x.shape)          # -32768 to 32767
+    keep = (cases >= dropped - 2**15).to(x.dtype)
+    return x * keep.mul_(2**16 / (2**16 - dropped))
+
+
+class Dropout(nn.Dropout):
+    """Dropout by `drop` in training, nothing else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return drop(x, self.p) if self.training else x
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for each head, by the library's fused kernel.
 
-    q, k, v  (B, H, N, d) float
-    returns  (B, H, N, d)
+    q        (B, H, K, d) float
+    k, v     (B, H, N, d) float
+    returns  (B, H, K, d)
 
     While training on a CPU the product is written out: there the fused kernel's backward pass is
     several times slower than the three operations it fuses.
     """
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
-        weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)     # (B, H, N, N)
-        return F.dropout(weights, dropout) @ v                         # (B, H, N, d)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # (B, H, N, d)
+        weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)     # (B, H, K, N)
+        return drop(weights, dropout) @ v                              # (B, H, K, d)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # (B, H, K, d)
 
 
 class Attention(nn.Module):
@@ -36,16 +64,32 @@ class Attention(nn.Module):
             )
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.attn_drop = nn.Dropout(attn_dropout)
+        self.attn_drop = Dropout(attn_dropout)
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_dropout)
+        self.proj_drop = Dropout(proj_dropout)
 
-    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))   # (B, N, 3, H, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                       # 3 x (B, H, N, d)
+    def forward(
+        self, x: Float[Tensor, "B N D"], rows: Int[Tensor, "B K"] | None = None
+    ) -> Float[Tensor, "B K D"]:
+        """All rows of the result, or the given ones only: those ask, all others still answer."""
+        q, k, v = self.project(x, rows)                            # (B, H, K, d), 2 x (B, H, N, d)
         dropout = self.attn_drop.p if self.training else 0.0
-        x = attend(q, k, v, dropout).transpose(1, 2).flatten(2)    # (B, N, D)
-        return self.proj_drop(self.proj(x))                        # (B, N, D)
+        x = attend(q, k, v, dropout).transpose(1, 2).flatten(2)    # (B, K, D)
+        return self.proj_drop(self.proj(x))                        # (B, K, D)
+
+    def project(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
+        """Queries of the given rows (of all if None), keys and values of all, each by heads."""
+        if rows is None:
+            return self.heads(self.qkv(x), 3)                      # 3 x (B, H, N, d)
+        width = x.shape[-1]
+        q_weight, kv_weight = self.qkv.weight.split([width, 2 * width])
+        q_bias, kv_bias = self.qkv.bias.split([width, 2 * width])
+        q = self.heads(F.linear(take(x, rows), q_weight, q_bias), 1)       # 1 x (B, H, K, d)
+        return *q, *self.heads(F.linear(x, kv_weight, kv_bias), 2)         # 2 x (B, H, N, d)
+
+    def heads(self, x: Float[Tensor, "B N D"], parts: int) -> tuple[Tensor, ...]:
+        """The last axis cut into parts, each into heads: parts x (B, H, N, d)."""
+        return x.unflatten(-1, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
 class Mlp(nn.Module):
@@ -55,9 +99,9 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.act = nn.GELU()
-        self.drop1 = nn.Dropout(dropout)
+        self.drop1 = Dropout(dropout)
         self.fc2 = nn.Linear(hidden_dim, dim)
-        self.drop2 = nn.Dropout(dropout)
+        self.drop2 = Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         x = self.drop1(self.act(self.fc1(x)))                      # (B, N, hidden_dim)
@@ -81,6 +125,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_dropout)
 
-    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        x = x + self.attn(self.norm1(x))                           # (B, N, D)
-        return x + self.mlp(self.norm2(x))                         # (B, N, D)
+    def forward(
+        self, x: Float[Tensor, "B N D"], rows: Int[Tensor, "B K"] | None = None
+    ) -> Float[Tensor, "B K D"]:
+        """The whole result, or those rows of it alone: of a last block few may be needed."""
+        h = self.attn(self.norm1(x), rows)                         # (B, K, D)
+        x = h + (x if rows is None else take(x, rows))             # (B, K, D)
+        return x + self.mlp(self.norm2(x))                         # (B, K, D)

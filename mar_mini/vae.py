@@ -94,14 +94,23 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the resolution by repeating each value, then smooth with a convolution."""
+    """Double the resolution by repeating each value, then smooth with a 3x3 convolution.
+
+    Both at once: among the 3x3 places around a new value only 2x2 old ones are different, so the
+    kernel's entries that meet the same old value are added first. That is a transposed convolution
+    with a kernel of 4x4, and 4 products for each new value instead of 9.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        w = self.conv.weight                                     # (C, C, 3, 3)
+        shifts = ((1, 0, 1, 0), (0, 1, 1, 0), (1, 0, 0, 1), (0, 1, 0, 1))
+        kernel = sum(F.pad(w, shift) for shift in shifts)        # (C, C, 4, 4)
+        kernel = kernel.flip(2, 3).transpose(0, 1)
+        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
 
 
 class Middle(nn.Module):

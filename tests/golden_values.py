@@ -39,6 +39,6 @@ def fill(module: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     """norm(a - b) / norm(b) in float64."""
-    got, want = got.detach().double(), want.double()
+    got, want = got.detach().double(), want.detach().double()
     assert got.shape == want.shape, f"{tuple(got.shape)} instead of {tuple(want.shape)}"
     return float((got - want).norm() / want.norm().clamp(min=1e-300))

@@ -62,7 +62,7 @@ class Mean(Head):
         self.out = nn.Linear(z_channels, channels)
         self.asked = []
 
-    def forward(self, target, z, mask=None, *, t=None, noise=None, generator=None):
+    def forward(self, target, z, mask=None, *, repeat=1, t=None, noise=None, generator=None):
         error = (self.out(z) - target).square().mean(1)
         return error.mean() if mask is None else error[mask].mean()
 
@@ -454,7 +454,8 @@ def test_a_block_of_ones_own():
         for shape in [(2, 2 + known, 32)] * 2 + [(2, 2 + L, 32)]
     ]
     plain = build(encoder_depth=2)
-    assert torch.equal(draw(plain, [1, 2]), draw(model, [1, 2]))
+    # the last block of `plain` computes the wanted rows alone, which is rounded differently
+    torch.testing.assert_close(draw(plain, [1, 2]), draw(model, [1, 2]), rtol=0, atol=1e-3)
 
 
 def test_a_head_of_ones_own():

@@ -336,7 +336,7 @@ class Breaks(Head):
         self.out = nn.Linear(z_channels, channels)
         self.calls = 0
 
-    def forward(self, target, z, mask=None, *, t=None, noise=None, generator=None):
+    def forward(self, target, z, mask=None, *, repeat=1, t=None, noise=None, generator=None):
         self.calls += 1
         loss = (self.out(z) - target).square().mean()
         return self.wrong(loss) if self.calls == 3 else loss
@@ -425,7 +425,7 @@ class Noted(Head):
         self.out = nn.Linear(z_channels, channels)
         self.targets = []
 
-    def forward(self, target, z, mask=None, *, t=None, noise=None, generator=None):
+    def forward(self, target, z, mask=None, *, repeat=1, t=None, noise=None, generator=None):
         self.targets.append(target.clone())
         return self.out(z).square().mean()
 
