@@ -4,7 +4,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup course lab lab-reset test test-fast notebooks clean
+.PHONY: help setup course lab lab-reset test test-fast notebooks bench clean
 
 help: ## what there is to make
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ test-fast: $(STAMP) ## the tests that take seconds
 
 notebooks: $(STAMP) ## build notebooks/ from notebooks/src/
 	$(PY) tools/build_notebooks.py
+
+bench: $(STAMP) ## how fast it is, against the computation as published (half an hour, idle machine)
+	$(PY) benchmarks/speed.py
 
 clean: ## remove what was built (never my/)
 	rm -rf build .pytest_cache .ruff_cache .hypothesis

@@ -79,6 +79,7 @@ def train(
     max_steps: int | None = None,
     data: str | None = None,
     seed: int = 0,
+    compile: bool = False,
 ) -> int:
     """Train a preset and save the model, its card and a grid of samples in a folder.
 
@@ -89,6 +90,7 @@ def train(
         max_steps: budget of the MAR in steps instead.
         data: bundled images or a folder with train.parquet; the preset's by default.
         seed: decides everything that is random.
+        compile: compile the model first, which takes up to a minute.
     """
     from mar_mini.configs import get_config
     from mar_mini.data import class_names, load_images, normalise, to_tensors
@@ -100,6 +102,8 @@ def train(
     if max_seconds is not None or max_steps is not None:
         budget = replace(preset.training, max_seconds=max_seconds, max_steps=max_steps)
         preset = replace(preset, training=budget)
+    if compile:
+        preset = compiled(preset)
     dataset = load_images(data or preset.data, "train")
     images, labels = to_tensors(dataset)
     folder = out or REPO / "build" / preset.name
@@ -110,6 +114,14 @@ def train(
     save_figure(image_grid(grid, columns=10), folder / "samples.png")
     print(f"saved in {folder}: config.json, mar.safetensors, samples.png")
     return 0
+
+
+def compiled(preset):
+    """That preset with all that it trains compiled first."""
+    stages = {"training": preset.training, "vae_training": preset.vae_training}
+    return replace(
+        preset, **{name: replace(stage, compile=True) for name, stage in stages.items() if stage}
+    )
 
 
 def with_progress(steps):
@@ -144,6 +156,7 @@ def sample(
     temperature: float | None = None,
     order: str = "random",
     seed: int = 0,
+    fast: bool = False,
 ) -> int:
     """Sample images of the classes asked for and write them as one PNG.
 
@@ -158,11 +171,13 @@ def sample(
         temperature: scale of the injected noise.
         order: order of the tokens, by name.
         seed: decides everything that is random.
+        fast: approximate, several times faster; benchmarks/README.md says what it costs.
     """
     import torch
     from tqdm import tqdm
 
     from mar_mini.checkpoints import load_pretrained
+    from mar_mini.sampling import FAST
     from mar_mini.viz.figures import image_grid, save_figure
 
     pipeline = load_pretrained(model)
@@ -170,7 +185,8 @@ def sample(
         "num_iter": num_iter, "num_sampling_steps": num_sampling_steps, "cfg": cfg,
         "temperature": temperature,
     }  # fmt: skip
-    settings = {**asdict(pipeline.defaults), **{k: v for k, v in given.items() if v is not None}}
+    given = {k: v for k, v in given.items() if v is not None}
+    settings = {**asdict(pipeline.defaults), **(FAST if fast else {}), **given}
     chosen = list(labels) or list(range(len(pipeline.classes)))
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(len(chosen))]
     frames = pipeline.sample(chosen, order=order, generator=generators, **settings)

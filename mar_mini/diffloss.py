@@ -1,7 +1,7 @@
 """The diffusion head: a small denoising MLP and its loss, p(token | z) (MAR section 3.2, 3.3)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mar_mini.choice import choose
 from mar_mini.diffusion import NUM_TIMESTEPS, Diffusion
+from mar_mini.solvers import FIRST_TIMESTEP, SOLVERS
 from mar_mini.transformer import LAYER_NORM_EPS
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -149,6 +151,20 @@ class SimpleMLPAdaLN(nn.Module):
         return self.final_layer(x, y)                              # (N, 2C)
 
 
+def as_steps(
+    net: nn.Module, z: Float[Tensor, "N D"], timesteps: Int[Tensor, " T"]
+) -> Callable[[Tensor, int], Tensor]:
+    """net(x, timesteps[i], z) as a function of (x, i); what no x changes is computed once for all.
+
+    The conditions are the same at each step, and so is the timestep of all tokens. A network with
+    a `forward` of its own is called as it is.
+    """
+    if type(net).forward is not SimpleMLPAdaLN.forward:
+        return lambda x, i: net(x, timesteps[i].expand(len(x)), z)
+    embedded, condition = net.time_embed(timesteps), net.cond_embed(z)     # (T, W), (N, W)
+    return lambda x, i: net.denoise(x, embedded[i] + condition)
+
+
 def guide(output: Float[Tensor, "M C2"], cfg: float) -> Float[Tensor, "N C2"]:
     """Classifier-free guidance of the noise (Ho & Salimans 2022, eq. 6).
 
@@ -178,7 +194,7 @@ class Head(nn.Module):
         return {"loss": self(target, z, mask, **given)}
 
     def sample(self, z, z_uncond=None, *, cfg=1.0, temperature=1.0, clip=None,
-               num_sampling_steps=None, generator=None) -> Tensor:  # fmt: skip
+               num_sampling_steps=None, solver="ddpm", generator=None) -> Tensor:  # fmt: skip
         """Tokens (N, C) drawn given z (N, D)."""
         raise NotImplementedError
 
@@ -279,6 +295,7 @@ class DiffLoss(Head):
         temperature: float = 1.0,
         clip: float | None = None,
         num_sampling_steps: int | None = None,
+        solver: str = "ddpm",
         generator: Generators = None,
     ) -> Float[Tensor, "N C"]:
         """Draw one token for each z by running the diffusion backwards (MAR section 3.2).
@@ -288,29 +305,24 @@ class DiffLoss(Head):
         temperature         scale of the injected noise; 0 = none but the initial one
         clip                bound on |x0|, for models trained on a small budget (see `diffusion`)
         num_sampling_steps  2 to 1000; the constructor's by default
+        solver              "ddpm", or deterministic and in fewer steps "ddim", "dpm_solver"
         generator           one torch.Generator, or a list of G of them for N / G rows each. One
                             draw for the initial state, one for each step but the last, none at
                             temperature 0
         returns             (N, C) float32 tokens
         """
-        if num_sampling_steps is None:
-            num_sampling_steps = self.num_sampling_steps
-        diffusion = Diffusion(num_sampling_steps)
-        n, channels = len(z), self.target_channels
+        walk = choose("solver", solver, SOLVERS)
+        diffusion = Diffusion(num_sampling_steps or self.num_sampling_steps, FIRST_TIMESTEP[solver])
         dtype = self.net.input_proj.weight.dtype
-        if z_uncond is not None:
-            z = torch.cat([z, z_uncond])                                   # (2N, D)
-        # what does not change from step to step: all timesteps and the conditions, embedded
-        timesteps = self.net.time_embed(diffusion.timestep_map.to(z.device))   # (T, W)
-        condition = self.net.cond_embed(z)                                 # (N or 2N, W)
-        x = draw_noise(n, channels, generator, z.new_empty(0).float())     # (N, C)
-        for t in reversed(range(diffusion.num_steps)):
-            x_in = (x if z_uncond is None else torch.cat([x, x])).to(dtype)    # (N or 2N, C)
-            output = self.net.denoise(x_in, timesteps[t] + condition).float()  # (N or 2N, 2C)
-            if z_uncond is not None:
-                output = guide(output, cfg)                                # (N, 2C)
-            noise = None
-            if t > 0 and temperature > 0:
-                noise = draw_noise(n, channels, generator, x)              # (N, C)
-            x = diffusion.p_sample(output, x, t, noise, temperature, clip)
-        return x
+        both = z if z_uncond is None else torch.cat([z, z_uncond])         # (N or 2N, D)
+        network = as_steps(self.net, both, diffusion.timestep_map.to(z.device))
+
+        def denoise(x: Tensor, t: int) -> Tensor:
+            if z_uncond is None:
+                return network(x.to(dtype), t).float()                     # (N, 2C)
+            return guide(network(torch.cat([x, x]).to(dtype), t).float(), cfg)
+
+        def draw() -> Tensor:
+            return draw_noise(len(z), self.target_channels, generator, z.new_empty(0).float())
+
+        return walk(denoise, diffusion, draw, temperature, clip)

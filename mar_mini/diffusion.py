@@ -46,19 +46,19 @@ class ReverseStep:
 class Diffusion:
     """The chain of `num_steps` noise levels, all 1000 of training or fewer of them for sampling.
 
-    num_steps  2 to 1000; the kept timesteps are spread evenly and include 0 and 999. The network
-               is always told the original timestep: `timestep_map[t]`
+    num_steps  2 to 1000; the kept timesteps are spread evenly and include 0 and `last`. The
+               network is always told the original timestep: `timestep_map[t]`
+    last       the noisiest timestep that is kept
 
     Raises ValueError for another number of steps. Source: Nichol & Dhariwal 2021, section 4.
     """
 
-    def __init__(self, num_steps: int = NUM_TIMESTEPS):
-        if not 2 <= num_steps <= NUM_TIMESTEPS:
+    def __init__(self, num_steps: int = NUM_TIMESTEPS, last: int = NUM_TIMESTEPS - 1):
+        if not 2 <= num_steps <= last + 1:
             raise ValueError(
-                f"num_sampling_steps is {num_steps}; expected 2 to {NUM_TIMESTEPS} diffusion steps"
+                f"num_sampling_steps is {num_steps}; expected 2 to {last + 1} diffusion steps"
             )
         self.num_steps = num_steps
-        last = NUM_TIMESTEPS - 1
         self.timestep_map = torch.tensor(
             [round(k * last / (num_steps - 1)) for k in range(num_steps)]
         )

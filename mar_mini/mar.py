@@ -160,12 +160,20 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         returns  (B, buffer_size + known, D)
         """
         known = masking.positions(~mask, "known")                           # (B, K)
-        x = self.z_proj(take(x, known).to(self.z_proj.weight.dtype))        # (B, K, D)
-        x = x + take(self.encoder_pos_embed_learned[:, self.buffer_size :], known)
+        x = torch.cat([self.embed_buffer(labels), self.embed(x, known)], dim=1)
+        return self.encoder_norm(self.run(self.encoder_blocks, self.z_proj_ln(x)))
+
+    def embed(
+        self, x: Float[Tensor, "B L C"], places: Int[Tensor, "B K"]
+    ) -> Float[Tensor, "B K D"]:
+        """The tokens at those places, projected, with their positions."""
+        x = self.z_proj(take(x, places).to(self.z_proj.weight.dtype))       # (B, K, D)
+        return x + take(self.encoder_pos_embed_learned[:, self.buffer_size :], places)
+
+    def embed_buffer(self, labels: Int[Tensor, " B"]) -> Float[Tensor, "B N D"]:
+        """The buffer tokens: the class in each, with their positions."""
         buffer = self.class_embedding(labels)[:, None]                      # (B, 1, D)
-        buffer = buffer + self.encoder_pos_embed_learned[:, : self.buffer_size]
-        x = self.z_proj_ln(torch.cat([buffer, x], dim=1))                   # (B, S, D)
-        return self.encoder_norm(self.run(self.encoder_blocks, x))          # (B, S, D)
+        return buffer + self.encoder_pos_embed_learned[:, : self.buffer_size]
 
     def forward_decoder(
         self,

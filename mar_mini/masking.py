@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mar_mini.choice import choose
+
 Order = Callable[[int, int, int, torch.Generator | None], Tensor]
 
 
@@ -93,13 +95,6 @@ ORDERS: dict[str, Order] = {
     "checkerboard": checkerboard,
     "halton": halton,
 }
-
-
-def choose(kind: str, name: str, known: dict):
-    """The entry of that name. Raises ValueError that lists the names which exist."""
-    if name not in known:
-        raise ValueError(f"unknown {kind} {name!r}; expected one of: {', '.join(known)}")
-    return known[name]
 
 
 def make_order(

@@ -4,15 +4,19 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mar_mini.choice import choose
 from mar_mini.diffloss import Generators
 from mar_mini.diffusion import Diffusion
 from mar_mini.mar import MAR, NO_CLASS, check_labels
-from mar_mini.masking import Order, check_order, choose, make_order, mask_by_order, masked_after
+from mar_mini.masking import Order, check_order, make_order, mask_by_order, masked_after
+from mar_mini.reuse import Reuse
+from mar_mini.solvers import FIRST_TIMESTEP, SOLVERS
 
 CfgSchedule = Callable[[float, int, int], float]
 
@@ -45,6 +49,12 @@ def linear_cfg(cfg: float, num_masked: int, length: int) -> float:
 
 CFG_SCHEDULES: dict[str, CfgSchedule] = {"linear": linear_cfg, "constant": constant_cfg}
 
+# arguments of `sample` that make it fast and approximate; what they cost: benchmarks/README.md
+FAST = {
+    "solver": "ddim", "num_sampling_steps": (10, 4), "guidance_interval": (0.25, 1.0),
+    "refresh_features": 8, "refresh_guidance": 8,
+}  # fmt: skip
+
 
 def sample(
     model: MAR,
@@ -55,8 +65,12 @@ def sample(
     cfg: float = 1.0,
     cfg_schedule: str | CfgSchedule = "linear",
     temperature: float = 1.0,
-    num_sampling_steps: int | None = None,
+    num_sampling_steps: int | tuple[int, int] | None = None,
     clip: float | None = None,
+    solver: str = "ddpm",
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    refresh_features: int = 1,
+    refresh_guidance: int = 1,
     order: str | Order | Tensor = "random",
     generator: Generators = None,
     tokens: Tensor | None = None,
@@ -69,8 +83,15 @@ def sample(
     cfg                 guidance weight; 1 = none. Without labels it has nothing to guide
     cfg_schedule        "linear", "constant", or (cfg, num_masked, length) -> weight of a step
     temperature         scale of the noise that the diffusion injects
-    num_sampling_steps  diffusion steps, 2 to 1000; the model's default if None
+    num_sampling_steps  diffusion steps, 2 to 1000; the model's default if None. Two numbers: so
+                        many for the first tokens, falling to so many for the last, which have
+                        less to decide (DiSA, Zhao et al. 2025)
     clip                bound on |x0|; see `mar_mini.diffusion` on the terminal step
+    solver              "ddpm", "ddim" or "dpm_solver"; see `mar_mini.solvers`
+    guidance_interval   share of known tokens between which there is guidance, the others' steps
+                        cost half as much (Kynkäänniemi et al. 2024, there for noise levels)
+    refresh_features    compute all features in each so-many-th iteration; 1 = always
+    refresh_guidance    compute the guidance in each so-many-th iteration; see `mar_mini.reuse`
     order               name, function (see `masking`) or int64 (B, L), first to last
     generator           one torch.Generator, or a list of B: each image then depends on its own
                         generator alone, not on the batch. Contract: at each step the tokens to
@@ -91,37 +112,71 @@ def sample(
     schedule = masked_after(int(mask[0].sum()), num_iter)
     if isinstance(cfg_schedule, str):
         cfg_schedule = choose("cfg_schedule", cfg_schedule, CFG_SCHEDULES)
-    if num_sampling_steps is not None:
-        Diffusion(num_sampling_steps)  # refuses an impossible number
+    lowest, highest = guidance_interval
+    if not 0 <= lowest < highest <= 1:
+        raise ValueError(
+            f"guidance_interval is {guidance_interval}; expected two shares of known tokens, "
+            "0 <= first < second <= 1"
+        )
+    for name, every in (("features", refresh_features), ("guidance", refresh_guidance)):
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"refresh_{name} is {every}; expected 1 (always) or a larger integer")
+    choose("solver", solver, SOLVERS)
+    known_shares = [1 - n / model.seq_len for n in (int(mask[0].sum()), *schedule[:-1])]
+    annealed = anneal(num_sampling_steps, known_shares)
+    for num_steps in annealed:
+        if num_steps is not None:
+            Diffusion(num_steps, FIRST_TIMESTEP[solver])  # refuses an impossible number
     if clip is not None and clip <= 0:
         raise ValueError(f"clip is {clip}; expected more than 0, the largest |x0|, or None")
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}; expected 0 or more")
-    head_arguments = {
-        "temperature": temperature, "clip": clip, "num_sampling_steps": num_sampling_steps,
-        "generator": generator,
-    }  # fmt: skip
+    fixed = {"temperature": temperature, "clip": clip, "solver": solver, "generator": generator}
+    head_arguments = [{**fixed, "num_sampling_steps": num_steps} for num_steps in annealed]
     # the published loop counts one token as masked in the last step as well
     weights = [cfg_schedule(cfg, max(1, num_masked), model.seq_len) for num_masked in schedule]
+    weights = [
+        weight if lowest <= share < highest else 1.0
+        for weight, share in zip(weights, known_shares, strict=True)
+    ]
     if (labels == NO_CLASS).all():
         weights = [1.0] * len(schedule)  # nothing to guide
-    return steps(model, tokens, mask, labels, turn, schedule, weights, head_arguments)
+    if refresh_features == refresh_guidance == 1:
+        conditions = partial(exact_conditions, model, labels)
+    else:
+        conditions = Reuse(model, labels, refresh_features, refresh_guidance)
+    return steps(model, conditions, tokens, mask, turn, schedule, weights, head_arguments)
+
+
+def anneal(num_steps: int | tuple[int, int] | None, known_shares: list[float]) -> list[int | None]:
+    """How many diffusion steps each iteration takes, in a straight line from first to last."""
+    if not isinstance(num_steps, tuple):
+        return [num_steps] * len(known_shares)
+    first, last = num_steps
+    begin, end = known_shares[0], known_shares[-1]
+    return [round(first + (last - first) * (share - begin) / ((end - begin) or 1.0))
+            for share in known_shares]  # fmt: skip
 
 
 def steps(
-    model: MAR, tokens: Tensor, mask: Tensor, labels: Tensor, turn: Tensor, schedule: list[int],
-    weights: list[float], head_arguments: dict,
+    model: MAR, conditions: Callable, tokens: Tensor, mask: Tensor, turn: Tensor,
+    schedule: list[int], weights: list[float], head_arguments: list[dict],
 ) -> Iterator[Frame]:  # fmt: skip
     """The loop itself: which tokens come next, draw them, put them in their places.
 
-    turn      int64 (B, L), the order with the known places first
-    schedule  how many tokens are still masked after each step
-    weights   guidance weight of each step
+    conditions      (step, tokens, mask, predicted, guided) -> z, z_uncond: `exact_conditions`
+    turn            int64 (B, L), the order with the known places first
+    schedule        how many tokens are still masked after each step
+    weights         guidance weight of each step
+    head_arguments  of each step
     """
-    for step, (num_masked, weight) in enumerate(zip(schedule, weights, strict=True)):
+    for step, num_masked in enumerate(schedule):
         still = mask_by_order(turn, num_masked)                                 # (B, L)
         predicted = mask & ~still                                               # (B, L)
-        drawn = predict(model, tokens, mask, labels, predicted, weight, **head_arguments)
+        weight = weights[step]
+        with torch.no_grad(), evaluating(model):
+            z, z_uncond = conditions(step, tokens, mask, predicted, weight != 1.0)
+            drawn = model.diffloss.sample(z, z_uncond, cfg=weight, **head_arguments[step])
         tokens = tokens.masked_scatter(predicted[..., None], drawn)             # (B, L, C)
         mask = still
         yield Frame(step, tokens, predicted, mask)
@@ -132,26 +187,23 @@ def generate(model: MAR, labels=None, **arguments) -> Float[Tensor, "B L C"]:
     return deque(sample(model, labels, **arguments), maxlen=1)[0].tokens
 
 
-@torch.no_grad()
-def predict(
-    model: MAR, tokens: Tensor, mask: Tensor, labels: Tensor, predicted: Tensor, cfg: float,
-    **head_arguments,
-) -> Float[Tensor, "N C"]:  # fmt: skip
-    """Draw the tokens at the `predicted` places, batch-major, from all that are known.
+def exact_conditions(
+    model: MAR, labels: Tensor, step: int, tokens: Tensor, mask: Tensor, predicted: Tensor,
+    guided: bool,
+) -> tuple[Float[Tensor, "N E"], Float[Tensor, "N E"] | None]:  # fmt: skip
+    """z of the `predicted` places, batch-major, from all tokens that are known.
 
-    With guidance the batch runs twice, the second half without its labels.
+    With guidance the batch runs twice, the second half without its labels: z and z_uncond.
     """
-    with evaluating(model):
-        if cfg == 1.0:
-            x = model.forward_encoder(tokens, mask, labels)                     # (B, S, D)
-            z = model.forward_decoder(x, mask, predicted)                       # (B, K, E)
-            return model.diffloss.sample(z.flatten(0, 1), **head_arguments)     # (N, C)
-        labels = torch.cat([labels, torch.full_like(labels, NO_CLASS)])         # (2B,)
-        tokens, mask, predicted = (x.repeat(2, *[1] * (x.ndim - 1))
-                                   for x in (tokens, mask, predicted))          # (2B, L, ...)
-        x = model.forward_encoder(tokens, mask, labels)                         # (2B, S, D)
-        z, z_uncond = model.forward_decoder(x, mask, predicted).flatten(0, 1).chunk(2)
-        return model.diffloss.sample(z, z_uncond, cfg=cfg, **head_arguments)    # (N, C)
+    if not guided:
+        x = model.forward_encoder(tokens, mask, labels)                         # (B, S, D)
+        return model.forward_decoder(x, mask, predicted).flatten(0, 1), None    # (N, E)
+    labels = torch.cat([labels, torch.full_like(labels, NO_CLASS)])             # (2B,)
+    tokens, mask, predicted = (torch.cat([x, x]) for x in (tokens, mask, predicted))
+    x = model.forward_encoder(tokens, mask, labels)                             # (2B, S, D)
+    z = model.forward_decoder(x, mask, predicted)                               # (2B, K, E)
+    z, z_uncond = z.flatten(0, 1).chunk(2)                                      # 2 x (N, E)
+    return z, z_uncond
 
 
 @contextmanager

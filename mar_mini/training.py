@@ -17,9 +17,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from mar_mini.choice import choose
+from mar_mini.compiling import compile_model
 from mar_mini.configs import TrainingConfig
 from mar_mini.mar import MAR
-from mar_mini.masking import choose
 from mar_mini.vae import AutoencoderKL
 
 
@@ -131,6 +132,8 @@ def train(
 def training_steps(model, terms, num_images, config, seed) -> Iterator[Step]:
     """The loop itself; arguments as for `train`."""
     device = next(model.parameters()).device
+    if config.compile:
+        compile_model(model)
     optimiser = torch.optim.AdamW(
         parameter_groups(model, config.weight_decay), betas=(0.9, 0.95), fused=True
     )

@@ -22,10 +22,23 @@ def drop(x: Tensor, p: float) -> Tensor:
     dropped = round(p * 2**16)                                         # of 65536 equal cases
     if x.device.type != "cpu" or not 0 < dropped < 2**16:
         return F.dropout(x, p)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    cases = bits.view(torch.int16)[: x.numel()].view(x.shape)          # -32768 to 32767
+    cases = (compiled_cases if torch.compiler.is_compiling() else random_cases)(x)
     keep = (cases >= dropped - 2**15).to(x.dtype)
     return x * keep.mul_(2**16 / (2**16 - dropped))
+
+
+def random_cases(like: Tensor) -> Int[Tensor, "*B"]:
+    """Random int16 of that shape, all 65536 cases equally likely."""
+    bits = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    return bits.view(torch.int16)[: like.numel()].view(like.shape)
+
+
+# `torch.compile` cannot look into it, and must not draw anew in the backward pass
+compiled_cases = torch.library.custom_op(
+    "mar_mini::random_cases", lambda like: random_cases(like), mutates_args=(),
+    schema="(Tensor like) -> Tensor", tags=[torch.Tag.nondeterministic_seeded],
+)  # fmt: skip
+compiled_cases.register_fake(lambda like: torch.empty(like.shape, dtype=torch.int16))
 
 
 class Dropout(nn.Dropout):

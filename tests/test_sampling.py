@@ -418,8 +418,8 @@ def test_options_reach_the_head():
     g = seeded()
     draw(model, [1, 2], num_iter=2, temperature=0.7, clip=3.0, num_sampling_steps=9, generator=g)
     assert model.diffloss.asked == [
-        {"n": 2 * count, "guided": False, "temperature": 0.7, "clip": 3.0,
-         "num_sampling_steps": 9, "generator": g}
+        {"n": 2 * count, "guided": False, "cfg": 1.0, "temperature": 0.7, "clip": 3.0,
+         "num_sampling_steps": 9, "solver": "ddpm", "generator": g}
         for count in tokens_per_step(L, 2)
     ]  # fmt: skip
 
