@@ -75,7 +75,7 @@ class PublishedHead(DiffLoss):
         return {name: (value * weight).sum() / weight.sum() for name, value in rows.items()}
 
     def sample(self, z, z_uncond=None, *, cfg=1.0, temperature=1.0, clip=None,
-               num_sampling_steps=None, generator=None):  # fmt: skip
+               num_sampling_steps=None, solver="ddpm", generator=None):  # fmt: skip
         """Under guidance both halves of the batch go through every line."""
         diffusion = Diffusion(num_sampling_steps or self.num_sampling_steps)
         n = len(z)

@@ -273,17 +273,16 @@ class Worker:
         self.process.wait()
 
 
-def climb(workload: str, arguments, warm: int = 3) -> dict:
+def climb(workload: str, arguments, warm: int = 8) -> dict:
     """Every rung of a ladder against the published path, pair after pair.
 
     warm  steps of a rung before it counts: freed memory finds its places, compiling ends
     """
-    published = Worker(workload, "published", arguments)
-    published.ask()
-    rungs, sampling = {}, workload in SAMPLING
+    warm = 1 if workload in SAMPLING else warm  # a batch of samples has hundreds of steps
+    published, rungs = Worker(workload, "published", arguments), {}
     for rung in LADDERS[workload]:
         one = published if rung == "published" else Worker(workload, rung, arguments)
-        warm_up = [one.ask()["seconds"] for _ in range(1 if sampling else warm)]
+        warm_up = [one.ask()["seconds"] for _ in range(warm)]
         pairs = []
         for _ in range(arguments.pairs):
             before = published.ask()
