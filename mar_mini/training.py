@@ -35,7 +35,7 @@ class Step:
     images_seen    since the start
     seconds        spent in training since the start (not in what the caller did meanwhile)
     progress       share of the budget that is used up, 0 to 1
-    ema            the model with averaged weights; the same object each time
+    model, ema     the model, and the one with averaged weights; the same objects each time
     """
 
     step: int
@@ -46,6 +46,7 @@ class Step:
     images_seen: int
     seconds: float
     progress: float
+    model: nn.Module
     ema: nn.Module
 
 
@@ -57,7 +58,7 @@ def train_mar(
     *,
     mirrored: Float[Tensor, "M2 C H W"] | None = None,
     seed: int = 0,
-) -> Iterator[Step]:
+) -> "Training":
     """Train a MAR in place; each step yields a `Step` (MAR section 4).
 
     latents   (N, C, H, W) what `model.patchify` takes: scaled latents, or pixels in [-1, 1]
@@ -92,7 +93,7 @@ def train_vae(
     config: TrainingConfig,
     *,
     seed: int = 0,
-) -> Iterator[Step]:
+) -> "Training":
     """Train an autoencoder in place; each step yields a `Step`.
 
     images  (N, C, H, W) float in [-1, 1]
@@ -120,54 +121,113 @@ def train(
     num_images: int,
     config: TrainingConfig,
     seed: int = 0,
-) -> Iterator[Step]:
+) -> "Training":
     """The training that both models share; settings that cannot work are refused at once.
 
     terms  (indices of a batch, generator) -> scalars by name, `loss` among them
     """
     check_training(config, num_images, seed)
-    return training_steps(model, terms, num_images, config, seed)
+    return Training(model, terms, num_images, config, seed)
 
 
-def training_steps(model, terms, num_images, config, seed) -> Iterator[Step]:
-    """The loop itself; arguments as for `train`."""
-    device = next(model.parameters()).device
-    if config.compile:
-        compile_model(model)
-    optimiser = torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay), betas=(0.9, 0.95), fused=True
-    )
-    ema = AveragedModel(model, multi_avg_fn=averaging(config.ema_decay, config.ema_window)).eval()
-    devices = [device] if device.type == "cuda" else []
-    step, seconds, used = 0, 0.0, 0.0
-    while used < 1.0:
-        start = time.perf_counter()
-        model.train()
-        rate = learning_rate(config, used)
-        for group in optimiser.param_groups:
+class Training(Iterator[Step]):
+    """A training under way: iterate over it for its steps, ask it for its state between two.
+
+    Arguments as for `train`. Attributes that say where it is: step, seconds, used (share of the
+    budget).
+    """
+
+    def __init__(self, model, terms, num_images, config, seed):
+        if config.compile:
+            compile_model(model)
+        self.model, self.terms, self.num_images = model, terms, num_images
+        self.config, self.seed = config, seed
+        self.device = next(model.parameters()).device
+        self.optimiser = torch.optim.AdamW(
+            parameter_groups(model, config.weight_decay), betas=(0.9, 0.95), fused=True
+        )
+        self.ema = AveragedModel(
+            model, multi_avg_fn=averaging(config.ema_decay, config.ema_window)
+        ).eval()
+        self.step, self.seconds, self.used = 0, 0.0, 0.0
+
+    def __next__(self) -> Step:
+        if self.used >= 1.0:
+            raise StopIteration
+        start, config, device = time.perf_counter(), self.config, self.device
+        self.model.train()
+        rate = learning_rate(config, self.used)
+        for group in self.optimiser.param_groups:
             group["lr"] = rate
-        picked = batch_indices(seed, step, num_images, config.batch_size).to(device)
+        picked = batch_indices(self.seed, self.step, self.num_images, config.batch_size)
+        devices = [device] if device.type == "cuda" else []
         with autocast(config.precision, device), torch.random.fork_rng(devices):
-            torch.manual_seed(step_seed(seed, step))  # for dropout, which takes no generator
-            values = terms(picked, step_generator(seed, step, device))
-        optimiser.zero_grad()
+            torch.manual_seed(step_seed(self.seed, self.step))  # for dropout, without a generator
+            generator = step_generator(self.seed, self.step, device)
+            values = self.terms(picked.to(device), generator)
+        self.optimiser.zero_grad()
         values["loss"].backward()
-        grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
-        loss = float(values["loss"].detach())
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        names, numbers = list(values), [value.detach() for value in values.values()]
+        *numbers, grad_norm = torch.stack([*numbers, grad_norm]).tolist()  # one wait for the device
+        terms = dict(zip(names, numbers, strict=True))
+        if not (math.isfinite(terms["loss"]) and math.isfinite(grad_norm)):
             raise FloatingPointError(
-                f"step {step + 1}: loss is {loss}, its gradient's norm {grad_norm}, at learning "
-                f"rate {rate:.2e}; lower the learning rate, or train in precision='float32'"
+                f"step {self.step + 1}: loss is {terms['loss']}, its gradient's norm {grad_norm}, "
+                f"at learning rate {rate:.2e}; lower the learning rate, or train in "
+                "precision='float32'"
             )
-        optimiser.step()
-        ema.update_parameters(model)
-        step += 1
-        seconds += time.perf_counter() - start
-        used = progress(config, step, seconds)
-        yield Step(
-            step, loss, {name: float(value.detach()) for name, value in values.items()}, rate,
-            grad_norm, step * config.batch_size, seconds, used, ema.module,
+        self.optimiser.step()
+        self.ema.update_parameters(self.model)
+        self.step += 1
+        self.seconds += time.perf_counter() - start
+        self.used = progress(config, self.step, self.seconds)
+        return Step(
+            self.step, terms["loss"], terms, rate, grad_norm, self.step * config.batch_size,
+            self.seconds, self.used, self.model, self.ema.module,
         )  # fmt: skip
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, by name: weights, average, moments, counters.
+
+        The tensors are copies on the CPU.
+        """
+        state = {f"model.{name}": x for name, x in self.model.state_dict().items()}
+        state |= {f"ema.{name}": x for name, x in self.ema.state_dict().items()}
+        moments = self.optimiser.state_dict()["state"]
+        state |= {
+            f"optimiser.{index}.{name}": x
+            for index, values in moments.items()
+            for name, x in values.items()
+        }
+        state["counters"] = torch.tensor([self.step, self.seconds], dtype=torch.float64)
+        return {name: x.detach().cpu().clone() for name, x in state.items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from such a state. Raises ValueError, before anything is changed, if it does not fit.
+
+        Which of the budget is used up follows from the state's steps and seconds.
+        """
+        model, ema = with_prefix(state, "model."), with_prefix(state, "ema.")
+        for name, ours, theirs in (("model", self.model.state_dict(), model),
+                                   ("ema", self.ema.state_dict(), ema)):  # fmt: skip
+            if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
+                raise ValueError(f"the state is of another {name}; build the one it was saved from")
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in with_prefix(state, "optimiser.").items():
+            index, name = key.split(".")
+            moments.setdefault(int(index), {})[name] = value
+        self.model.load_state_dict(model)
+        self.ema.load_state_dict(ema)
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
+        step, seconds = state["counters"].tolist()
+        self.step, self.seconds = int(step), seconds
+        self.used = progress(self.config, self.step, self.seconds) if self.step else 0.0
+
+
+def with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def check_training(config: TrainingConfig, num_images: int, seed: int = 0) -> None:

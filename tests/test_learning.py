@@ -1,12 +1,15 @@
 """The learner's first model: 75 seconds of training make digits that can be recognised."""
 
 import dataclasses
+import os
+import signal
 
 import pytest
 import torch
 
 from mar_mini import data, evaluation, get_config
 from mar_mini.recipes import train_pipeline
+from mar_mini.runs import Interrupted
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +22,7 @@ def digits():
     steps = train_pipeline(get_config("digits"), images, labels, data.class_names(dataset))
     while True:
         try:
-            stage, step = next(steps)
+            next(steps)
         except StopIteration as end:
             return end.value, evaluation.class_means(data.denormalise(images), labels)
 
@@ -74,7 +77,7 @@ def test_another_budget_is_another_run():
     short = dataclasses.replace(config.training, max_steps=3, max_seconds=None)
     config = dataclasses.replace(config, training=short)
     names = [str(i) for i in range(10)]
-    steps = [step for _, step in train_pipeline(config, data.normalise(images), labels, names)]
+    steps = [step for _, step, _ in train_pipeline(config, data.normalise(images), labels, names)]
     assert [step.step for step in steps] == [1, 2, 3]
     assert steps[-1].progress == 1.0
 
@@ -105,3 +108,37 @@ def test_a_preset_with_an_autoencoder_measures_its_latents():
     assert float(tokens.abs().max()) == pytest.approx(pipeline.clip, rel=1e-3)
     made = pipeline.generate([0, 9], num_iter=2, num_sampling_steps=2)
     assert made.shape == (2, 3, 32, 32) and 0 <= made.min() and made.max() <= 1
+
+
+def test_a_pipeline_in_two_stages_goes_on_after_a_stop(tmp_path):
+    """Stopped in either stage and begun again: the same weights as in one go."""
+    config = get_config("cifar10")
+    few = {"max_steps": 4, "max_seconds": None, "batch_size": 16, "precision": "float32"}
+    config = dataclasses.replace(
+        config,
+        training=dataclasses.replace(config.training, **few),
+        vae_training=dataclasses.replace(config.vae_training, **few),
+    )
+    dataset = data.load_images("cifar10_mini", "test").select(range(40))
+    images, labels = data.to_tensors(dataset)
+
+    def run(folder, stops):
+        """Until the next of the stops, a number of steps after which Ctrl-C comes."""
+        steps = train_pipeline(config, data.normalise(images), labels, data.class_names(dataset),
+                               folder=folder)  # fmt: skip
+        try:
+            for count in range(1, 100):
+                next(steps)
+                if stops and count == stops[0]:
+                    stops.pop(0)
+                    os.kill(os.getpid(), signal.SIGINT)
+        except Interrupted:
+            return run(folder, stops)
+        except StopIteration as end:
+            return end.value
+
+    whole, parts = run(tmp_path / "whole", []), run(tmp_path / "parts", [2, 3])
+    for name in ("vae", "mar"):
+        a, b = (getattr(x, name).state_dict() for x in (whole, parts))
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+    assert whole.latent_scale == parts.latent_scale and whole.clip == parts.clip
