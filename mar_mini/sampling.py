@@ -112,6 +112,33 @@ def sample(
     schedule = masked_after(int(mask[0].sum()), num_iter)
     if isinstance(cfg_schedule, str):
         cfg_schedule = choose("cfg_schedule", cfg_schedule, CFG_SCHEDULES)
+    check_settings(solver, guidance_interval, refresh_features, refresh_guidance, clip, temperature)
+    known_shares = [1 - n / model.seq_len for n in (int(mask[0].sum()), *schedule[:-1])]
+    annealed = anneal(num_sampling_steps, known_shares)
+    for num_steps in annealed:
+        if num_steps is not None:
+            Diffusion(num_steps, FIRST_TIMESTEP[solver])  # refuses an impossible number
+    fixed = {"temperature": temperature, "clip": clip, "solver": solver, "generator": generator}
+    head_arguments = [{**fixed, "num_sampling_steps": num_steps} for num_steps in annealed]
+    # the published loop counts one token as masked in the last step as well
+    weights = [cfg_schedule(cfg, max(1, num_masked), model.seq_len) for num_masked in schedule]
+    lowest, highest = guidance_interval
+    weights = [
+        weight if lowest <= share < highest and (labels != NO_CLASS).any() else 1.0
+        for weight, share in zip(weights, known_shares, strict=True)
+    ]
+    if refresh_features == refresh_guidance == 1:
+        conditions = partial(exact_conditions, model, labels)
+    else:
+        conditions = Reuse(model, labels, refresh_features, refresh_guidance)
+    return steps(model, conditions, tokens, mask, turn, schedule, weights, head_arguments)
+
+
+def check_settings(
+    solver, guidance_interval, refresh_features, refresh_guidance, clip, temperature
+) -> None:
+    """Raises ValueError for settings of `sample` that mean nothing."""
+    choose("solver", solver, SOLVERS)
     lowest, highest = guidance_interval
     if not 0 <= lowest < highest <= 1:
         raise ValueError(
@@ -121,31 +148,10 @@ def sample(
     for name, every in (("features", refresh_features), ("guidance", refresh_guidance)):
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"refresh_{name} is {every}; expected 1 (always) or a larger integer")
-    choose("solver", solver, SOLVERS)
-    known_shares = [1 - n / model.seq_len for n in (int(mask[0].sum()), *schedule[:-1])]
-    annealed = anneal(num_sampling_steps, known_shares)
-    for num_steps in annealed:
-        if num_steps is not None:
-            Diffusion(num_steps, FIRST_TIMESTEP[solver])  # refuses an impossible number
     if clip is not None and clip <= 0:
         raise ValueError(f"clip is {clip}; expected more than 0, the largest |x0|, or None")
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}; expected 0 or more")
-    fixed = {"temperature": temperature, "clip": clip, "solver": solver, "generator": generator}
-    head_arguments = [{**fixed, "num_sampling_steps": num_steps} for num_steps in annealed]
-    # the published loop counts one token as masked in the last step as well
-    weights = [cfg_schedule(cfg, max(1, num_masked), model.seq_len) for num_masked in schedule]
-    weights = [
-        weight if lowest <= share < highest else 1.0
-        for weight, share in zip(weights, known_shares, strict=True)
-    ]
-    if (labels == NO_CLASS).all():
-        weights = [1.0] * len(schedule)  # nothing to guide
-    if refresh_features == refresh_guidance == 1:
-        conditions = partial(exact_conditions, model, labels)
-    else:
-        conditions = Reuse(model, labels, refresh_features, refresh_guidance)
-    return steps(model, conditions, tokens, mask, turn, schedule, weights, head_arguments)
 
 
 def anneal(num_steps: int | tuple[int, int] | None, known_shares: list[float]) -> list[int | None]:

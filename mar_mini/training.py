@@ -204,7 +204,7 @@ class Training(Iterator[Step]):
         return {name: x.detach().cpu().clone() for name, x in state.items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from such a state. Raises ValueError, before anything is changed, if it does not fit.
+        """Go on from such a state. Raises ValueError if it does not fit; nothing is changed then.
 
         Which of the budget is used up follows from the state's steps and seconds.
         """

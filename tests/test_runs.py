@@ -186,8 +186,10 @@ print("done", runs.checksum({k: v for k, v in training.state().items() if k != "
 def run_until(folder: Path, stop: str, count: int, delay: float) -> list[str]:
     """Start the program, wait for that many lines of a kind, then kill -9; its lines."""
     paths = json.dumps([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder), paths], text=True,
-                               stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(folder), paths], text=True, stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
     lines, seen = [], 0
     for line in process.stdout:
         lines.append(line.strip())

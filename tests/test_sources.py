@@ -138,7 +138,7 @@ def package_of(batches, path) -> None:
 def test_a_wrong_batch_is_refused(tmp_path, cache):
     images = np.zeros((10_000, 3, 32, 32), dtype=np.uint8)
     package_of([(images, np.zeros(10_000, dtype=np.int64))] * 6, tmp_path / "p.tgz")
-    with pytest.raises(ValueError, match="data_batch_1 has md5 .*, the published batch has 5dd7e06"):
+    with pytest.raises(ValueError, match="data_batch_1 has md5 .*, the published batch has 5dd7"):
         list(fetch("cifar10", tmp_path / "p.tgz"))
     assert not (cache / "cifar10").exists()
 
