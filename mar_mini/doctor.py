@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from mar_mini import memory
 from mar_mini.checkpoints import load_pretrained
 from mar_mini.compiling import COMPILERS
 from mar_mini.data import data_dir, load_images
@@ -38,8 +37,6 @@ def findings() -> Iterator[tuple[bool, str]]:
     cpu = torch.device("cpu")
     fast = "has units for them" if multiplies_bf16(cpu) else "no units for them: float32 is used"
     yield True, f"bfloat16 products on this CPU: {fast}"
-    kept = "kept and reused" if memory.KEPT else "handed back to the system"
-    yield True, f"freed memory is {kept}"
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         yield True, f"GPU {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
