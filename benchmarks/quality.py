@@ -113,6 +113,20 @@ def main() -> None:
     RESULT.parent.mkdir(exist_ok=True)
     result = {"date": str(date.today()), "samples": samples, "rows": rows}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    write_table(rows)
+
+
+def write_table(rows: dict) -> None:
+    """The table in README.md; the text around it stays."""
+    lines = ["| setting | recognised | distance | cost | times as fast |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
+        paid = f"{row['cost']:.0%} | {row['times as fast']:.1f}" if "cost" in row else "floor | "
+        lines.append(f"| {name} | {row['recognised']:.1%} | {row['distance']:.1f} | {paid} |")
+    path = Path(__file__).parent / "README.md"
+    before, _, rest = path.read_text().partition("<!-- quality -->\n")
+    after = rest.partition("<!-- end of quality -->")[2]
+    table = "\n".join(lines)
+    path.write_text(f"{before}<!-- quality -->\n{table}\n<!-- end of quality -->{after}")
 
 
 if __name__ == "__main__":

@@ -33,16 +33,14 @@ LADDERS = {
         "attention": "attention written out, four dropout decisions from one random number",
         "masked": "only masked tokens, only their rows of the last block",
         "head": "condition and timesteps embedded once, not for each repetition",
-        "optimiser": "fused AdamW, average and clipping for all parameters together",
-        "default": "freed memory kept, in large pages",
+        "default": "fused AdamW, average and clipping for all parameters together",
         "compiled": "torch.compile",
         "no_dropout": "default with dropout 0 (counts for nothing)",
     },
     "mini_sample": {
         "published": "everything as published",
         "rows": "last block for the tokens to predict only; no copies by boolean masks",
-        "head": "condition and timesteps embedded once, no doubled state",
-        "default": "freed memory kept, in large pages",
+        "default": "condition and timesteps embedded once, no doubled state",
         "compiled": "torch.compile",
         "fast": "approximate: the preset `fast`",
     },
@@ -54,8 +52,7 @@ LADDERS = {
     },
     "vae_train": {
         "published": "everything as published",
-        "upsampling": "upsampling in one convolution; fused SiLU, optimiser and average",
-        "default": "freed memory kept, in large pages",
+        "default": "upsampling in one convolution; fused SiLU, optimiser and average",
         "compiled": "torch.compile",
     },
 }
@@ -77,7 +74,6 @@ SAMPLING = {
 }
 PARTS = {"published": {"attention": False, "head": False}, "attention": {"head": False},
          "masked": {"head": False}, "rows": {"head": False}}  # fmt: skip
-FORGETFUL = {"published", "attention", "masked", "head", "optimiser", "rows", "upsampling"}
 
 
 # The worker: one rung -----------------------------------------------------------------------------
@@ -147,7 +143,7 @@ def build_step(workload: str, rung: str, precision: str, device: str):
     generator = torch.Generator().manual_seed(0)
     draw = model.draw_mask
     model.draw_mask = lambda batch_size, _: draw(batch_size, generator)
-    if rung in ("optimiser", "default", "compiled", "no_dropout"):
+    if rung in ("default", "compiled", "no_dropout"):
         steps = train_mar(model, latents, labels, replace(config, batch_size=128))
         return lambda: next(steps)
     training = published.PublishedTraining(model)
@@ -165,7 +161,6 @@ def roofline(precision: str, device: str) -> dict:
     """What a large matrix product and a large copy reach here: the best of ten."""
     import torch
 
-    import mar_mini  # noqa: F401 - memory is kept
     from mar_mini.training import autocast
 
     with autocast(precision, torch.device(device)):
@@ -248,13 +243,12 @@ def worker(workload: str, rung: str, precision: str, device: str) -> None:
 
 class Worker:
     def __init__(self, workload: str, rung: str, arguments):
-        kept = "0" if rung in FORGETFUL else "1"
         cache = tempfile.mkdtemp()  # what was compiled in another run does not count
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker", workload, rung,
              "--precision", arguments.precision, "--device", arguments.device],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "MAR_MINI_KEEP_MEMORY": kept, "TORCHINDUCTOR_CACHE_DIR": cache},
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
         )  # fmt: skip
 
     def ask(self, what: str = "run") -> dict:
@@ -273,10 +267,10 @@ class Worker:
         self.process.wait()
 
 
-def climb(workload: str, arguments, warm: int = 8) -> dict:
+def climb(workload: str, arguments, warm: int = 4) -> dict:
     """Every rung of a ladder against the published path, pair after pair.
 
-    warm  steps of a rung before it counts: freed memory finds its places, compiling ends
+    warm  steps of a rung before it counts
     """
     warm = 1 if workload in SAMPLING else warm  # a batch of samples has hundreds of steps
     published, rungs = Worker(workload, "published", arguments), {}

@@ -1,6 +1,5 @@
 """mar_mini: masked autoregressive image generation with a diffusion head, to read and to run."""
 
-from mar_mini import memory  # isort: skip  # first: before a tensor is made
 from mar_mini.checkpoints import Pipeline, load_pretrained
 from mar_mini.configs import get_config
 from mar_mini.diffloss import DiffLoss
@@ -13,5 +12,5 @@ from mar_mini.vae import AutoencoderKL, DiagonalGaussian
 __version__ = "0.1.0"
 __all__ = [
     "MAR", "AutoencoderKL", "DiagonalGaussian", "DiffLoss", "Diffusion", "Frame", "Pipeline",
-    "generate", "get_config", "load_pretrained", "memory", "sample", "train_mar", "train_vae",
+    "generate", "get_config", "load_pretrained", "sample", "train_mar", "train_vae",
 ]  # fmt: skip

@@ -1,8 +1,6 @@
 """Each fast path computes what the plain one does, and the published path computes the same."""
 
-import os
-import subprocess
-import sys
+import shutil
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from published import (
 
 import mar_mini
 from mar_mini import MAR, AutoencoderKL, masking
+from mar_mini.compiling import COMPILERS, compile_model
 from mar_mini.diffloss import NUM_TIMESTEPS, DiffLoss, TimestepEmbedder
 from mar_mini.tokens import take
 from mar_mini.transformer import Block, drop
@@ -235,26 +234,43 @@ def test_the_published_optimiser_step():
         assert relative_error(results[0][name], want) < 1e-6, name
 
 
-# Memory ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("parts", [{"block": PublishedBlock}, {"head": PublishedHead}, PARTS])
+def test_published_parts_in_the_default_sampler(parts):
+    settings = {"num_iter": 5, "cfg": 2.0, "num_sampling_steps": 6, "temperature": 0.0, "clip": 2.0}
+    drawn = [
+        mar_mini.generate(
+            fill(MAR(**SIZES, **given), 7), [1, 2], generator=torch.Generator().manual_seed(1),
+            **settings,
+        )
+        for given in (parts, {})
+    ]  # fmt: skip
+    assert relative_error(*drawn) < 1e-4
 
-GROWS = """
-import resource, torch, mar_mini
-x = torch.zeros(16_000_000)
-for _ in range(3): y = x + 1; del y
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5): y = x + 1; del y
-print(mar_mini.memory.KEPT, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
+
+# Compiling ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not mar_mini.memory.KEPT, reason="needs Linux with glibc")
-def test_freed_memory_is_used_again():
-    """The system's page faults in five additions: none where memory is kept."""
-    counts = {}
-    for keep in ("1", "0"):
-        environment = {**os.environ, "MAR_MINI_KEEP_MEMORY": keep, "THP_MEM_ALLOC_ENABLE": "0"}
-        out = subprocess.run([sys.executable, "-c", GROWS], env=environment, text=True,
-                             capture_output=True, check=True).stdout.split()  # fmt: skip
-        assert out[0] == str(keep == "1")
-        counts[keep] = int(out[1])
-    assert counts["1"] < 100 < 10_000 < counts["0"]
+def test_without_a_compiler_it_says_so(monkeypatch):
+    monkeypatch.setattr("mar_mini.compiling.shutil.which", lambda name: None)
+    with pytest.raises(ValueError, match="needs a C.. compiler .*apt-get install g"):
+        compile_model(MAR(**SIZES))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="needs a C++ compiler")
+def test_compiled_is_the_same_up_to_rounding():
+    latents, labels = torch.randn(3, 4, 8, 8), torch.tensor([1, -1, 4])
+    mask = masking.mask_by_order(masking.random(8, 8, 3), 50)
+    given = {"mask": mask, "t": torch.randint(NUM_TIMESTEPS, (4 * 3 * 64,)),
+             "noise": torch.randn(4 * 3 * 64, 4)}  # fmt: skip
+    plain, compiled = fill(MAR(**SIZES), 7), fill(MAR(**SIZES), 7)
+    names = list(compiled.state_dict())
+    compile_model(compiled)
+    assert list(compiled.state_dict()) == names
+    losses = [model(latents, labels, **given) for model in (plain, compiled)]
+    assert relative_error(losses[1], losses[0]) < 1e-5
+    for loss in losses:
+        loss.backward()
+    for name, want in gradients(plain).items():
+        assert relative_error(gradients(compiled)[name], want) < 2e-3, name
