@@ -90,6 +90,8 @@ def stages(config, images, labels, classes, seed, device, folder) -> Iterator[Pr
 
     if config.vae is not None:
         vae = AutoencoderKL(**asdict(config.vae)).to(device)
+        if vae.linear_path:
+            vae.start_linear(images[:2000].to(device))
         training = train_vae(vae, images, config.vae_training, seed=seed)
         for step in steps(training, AUTOENCODER, {"vae": asdict(config.vae)}):
             yield Progress(AUTOENCODER, step)

@@ -217,6 +217,9 @@ class AutoencoderKL(nn.Module, PyTorchModelHubMixin):
     z_channels        channels of the latent
     in_channels       channels of the image
     num_groups        groups of every GroupNorm (32 in the published model)
+    linear_path       a linear map of patches beside encoder and decoder, which then learn what it
+                      lacks: many times quicker to train, and not in the published model (compare
+                      the shortcuts of Chen et al. 2024, "Deep compression autoencoder")
 
     Raises ValueError if `num_groups` does not divide a level's width or the resolution cannot be
     halved often enough. Source: MAR section 4; the architecture of Rombach et al. 2022.
@@ -232,6 +235,7 @@ class AutoencoderKL(nn.Module, PyTorchModelHubMixin):
         z_channels: int = 16,
         in_channels: int = 3,
         num_groups: int = 32,
+        linear_path: bool = False,
     ):
         super().__init__()
         odd = [ch * m for m in ch_mult if ch * m % num_groups]
@@ -254,6 +258,43 @@ class AutoencoderKL(nn.Module, PyTorchModelHubMixin):
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, in_channels, z_channels, num_groups)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
+        self.linear_path = linear_path
+        if linear_path:
+            side = self.stride
+            self.linear_in = nn.Conv2d(in_channels, z_channels, side, side, bias=False)
+            self.linear_out = nn.ConvTranspose2d(
+                z_channels, in_channels, side, side, bias=False
+            )
+
+    @torch.no_grad()
+    def start_linear(
+        self, images: Float[Tensor, "B C H W"], whitening: float = 0.5, log_variance: float = -5.0
+    ) -> None:
+        """Set the linear path to the principal components of patches, all else to add nothing.
+
+        images        (B, in_channels, H, W) float in [-1, 1], some of the training set
+        whitening     1: all components get the same spread, 0: each keeps its own, which differ by
+                      a factor of 20 and more
+        log_variance  of every latent value; the latents get a standard deviation of about 1
+
+        What the untrained model then reconstructs is the best that any linear map can do with
+        `z_channels` numbers a patch. Raises ValueError if the model has no linear path.
+        """
+        if not self.linear_path:
+            raise ValueError("this model has no linear path; build it with linear_path=True")
+        patches = F.unfold(images, self.stride, stride=self.stride)        # (B, P, L)
+        patches = patches.transpose(1, 2).flatten(0, 1)                    # (B * L, P)
+        second_moment = patches.T @ patches / len(patches)                 # (P, P)
+        axes = torch.linalg.eigh(second_moment).eigenvectors               # smallest first
+        axes = axes[:, -self.z_channels :].T                               # (C, P)
+        spread = (patches @ axes.T).std(0) ** whitening                    # (C,)
+        scale = spread * (patches @ axes.T / spread).std()
+        self.linear_in.weight.copy_((axes / scale[:, None]).view_as(self.linear_in.weight))
+        self.linear_out.weight.copy_((axes * scale[:, None]).view_as(self.linear_out.weight))
+        for layer in (self.quant_conv, self.decoder.conv_out):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        self.quant_conv.bias[self.z_channels :] = log_variance
 
     def encode(self, images: Float[Tensor, "B C H W"]) -> DiagonalGaussian:
         """The distribution of the latents of some images.
@@ -269,7 +310,11 @@ class AutoencoderKL(nn.Module, PyTorchModelHubMixin):
                 f"expected images (B, {self.in_channels}, H, W) with H and W multiples of "
                 f"{self.stride}, got {tuple(images.shape)}; convert, crop or pad them"
             )
-        return DiagonalGaussian(self.quant_conv(self.encoder(images)))
+        moments = self.quant_conv(self.encoder(images))                    # (B, 2C, h, w)
+        if self.linear_path:
+            mean, logvar = moments.chunk(2, dim=1)                         # (B, C, h, w) each
+            moments = torch.cat([mean + self.linear_in(images), logvar], dim=1)
+        return DiagonalGaussian(moments)
 
     def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D H2 W2"]:
         """Unscaled latents (B, z_channels, h, w) to images (B, in_channels, H, W)."""
@@ -277,7 +322,8 @@ class AutoencoderKL(nn.Module, PyTorchModelHubMixin):
             raise ValueError(
                 f"expected latents (B, {self.z_channels}, h, w), got {tuple(latents.shape)}"
             )
-        return self.decoder(self.post_quant_conv(latents))
+        images = self.decoder(self.post_quant_conv(latents))
+        return images + self.linear_out(latents) if self.linear_path else images
 
     def forward(
         self, images: Float[Tensor, "B C H W"], generator: torch.Generator | None = None

@@ -5,9 +5,9 @@
 
 The arrays are what `mar-mini data cifar10` writes. Needs torch, numpy, einops, jaxtyping,
 safetensors, huggingface_hub, tqdm and pillow, and no network. In OUT come: config.json,
-mar.safetensors, vae.safetensors (bfloat16, averaged weights), history_*.json, and grids/ with
-samples from fixed seeds at moments of the run, of averaged and of raw weights. Its state is in
-OUT/state.
+mar.safetensors, vae.safetensors (bfloat16, averaged weights), history_*.json, and, for some moments
+of the run, moments/ with averaged and raw weights and grids/ with their samples from fixed seeds.
+Its state is in OUT/state.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare machine has no installation
 
+from mar_mini.checkpoints import save_weights
 from mar_mini.configs import get_config
 from mar_mini.data import normalise
 from mar_mini.recipes import MASKED, train_pipeline
@@ -118,11 +119,14 @@ def main() -> int:
 
 
 def moment(step, pipeline_of, num_classes: int, out: Path) -> None:
-    """Samples of averaged and raw weights from the same seeds."""
+    """Averaged and raw weights, and samples of both from the same seeds."""
     labels = torch.arange(64) % num_classes
     for name, model in (("average", step.ema), ("raw", step.model)):
         images = pipeline_of(model).generate(labels, generator=torch.Generator().manual_seed(0))
         save_grid(images, out / "grids" / f"{name}-{step.step:07d}.png")
+        weights = out / "moments" / f"{name}-{step.step:07d}.safetensors"
+        weights.parent.mkdir(exist_ok=True)
+        save_weights(model, weights, torch.bfloat16)
 
 
 def device_name(device: str) -> str:
