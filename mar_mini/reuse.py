@@ -57,7 +57,7 @@ class Memory:
             h = attend(q, *self.write(i, (k, v), places)).transpose(1, 2).flatten(2)
             x = (x if wanted is None else take(x, wanted)) + block.attn.proj(h)
             x = x + block.mlp(block.norm2(x))                              # (B, K or M, D)
-        return x
+        return x if len(self.blocks) or rows is None else take(x, rows)
 
 
 class Features:
