@@ -126,40 +126,36 @@ def published(name: str, mar: MARConfig | None, cfg: float = 1.0) -> Config:
 
 
 SMALL = {"attn_dropout": 0.0, "proj_dropout": 0.0}
-CIFAR_VAE = VAEConfig(
+SMALL_VAE = VAEConfig(
     ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(), resolution=32, z_channels=16,
     num_groups=8, linear_path=True,
 )
 
 
 
-def cifar10(name: str, **tokens) -> Config:
-    """CIFAR-10 for two cores or one GPU: one model, and three ways to make tokens for it.
-
-    Either 16 tokens of 2x2 latents (64 numbers), 64 of one latent (16 numbers), or 64 of 4x4 pixels
-    (48 numbers). With 16 tokens each gets four timesteps a step, so that the head does the same
-    work.
-    """
-    tokens = {"vae_stride": 4, "vae_embed_dim": 16, **tokens}
-    in_pixels = tokens["vae_stride"] == 1
+def small(name: str, data: str, vae: VAEConfig | None, **tokens) -> Config:
+    """Colour images for two cores or one GPU: one model, and several ways to make tokens for it."""
+    in_pixels = {"vae_stride": 1, "vae_embed_dim": 3}
+    in_latents = {"vae_stride": 4, "vae_embed_dim": 16}
     return Config(
-        name=name, data="cifar10_mini", vae=None if in_pixels else CIFAR_VAE,
+        name=name, data=data, vae=vae,
         mar=replace(
             transformer(
-                192, 4, 6, img_size=32, class_num=10, buffer_size=8, diffloss_d=3, diffloss_w=256,
-                num_sampling_steps=50, **tokens, **SMALL,
+                192, 4, 6, class_num=10, buffer_size=8, diffloss_d=3, diffloss_w=256,
+                num_sampling_steps=50, **(in_latents if vae else in_pixels), **tokens, **SMALL,
             ),
             encoder_depth=2,
         ),
         training=TrainingConfig(
             batch_size=64, learning_rate=2e-3, warmup=0.03, max_seconds=90 * 60, flip=True
         ),
-        vae_training=None if in_pixels else TrainingConfig(
+        vae_training=vae and TrainingConfig(
             batch_size=16, learning_rate=5e-4, max_seconds=5 * 60, weight_decay=0.0, grad_clip=1.0,
             flip=True,
         ),
+        # the bound on x0 is that of pixels, or measured on the latents when they are there
         sampling=SamplingConfig(
-            num_iter=16, num_sampling_steps=50, cfg=2.0, clip=1.0 if in_pixels else None
+            num_iter=16, num_sampling_steps=50, cfg=2.0, clip=None if vae else 1.0
         ),
     )  # fmt: skip
 
@@ -186,24 +182,17 @@ PRESETS = {
                 num_iter=16, num_sampling_steps=25, cfg=3.0, temperature=0.9, clip=1.0
             ),
         ),
-        cifar10("cifar10", patch_size=2, diffusion_batch_mul=4),
-        cifar10("cifar10_latents", patch_size=1, diffusion_batch_mul=1),
-        cifar10("cifar10_pixels", patch_size=4, diffusion_batch_mul=1, vae_stride=1,
-                vae_embed_dim=3),
-        Config(
-            name="imagenette64", data="imagenette64",
-            vae=replace(CIFAR_VAE, ch_mult=(1, 2, 2, 2), resolution=64),
-            mar=transformer(
-                256, 6, 8, img_size=64, vae_stride=8, patch_size=1, vae_embed_dim=16,
-                class_num=10, buffer_size=16, diffloss_d=3, diffloss_w=256,
-                num_sampling_steps=50, **SMALL,
-            ),
-            training=TrainingConfig(learning_rate=1e-3, max_seconds=3600, flip=True),
-            vae_training=TrainingConfig(
-                batch_size=64, learning_rate=5e-4, max_seconds=1500, flip=True
-            ),
-            sampling=SamplingConfig(num_iter=16, num_sampling_steps=50, cfg=2.0, clip=4.0),
-        ),
+        # 16 tokens of 2x2 latents (64 numbers); each gets four timesteps a step, so that the head
+        # does the same work as with the 64 tokens below, of one latent (16 numbers) or of 4x4
+        # pixels (48)
+        small("cifar10", "cifar10_mini", SMALL_VAE, img_size=32, patch_size=2,
+              diffusion_batch_mul=4),
+        small("cifar10_latents", "cifar10_mini", SMALL_VAE, img_size=32, patch_size=1,
+              diffusion_batch_mul=1),
+        small("cifar10_pixels", "cifar10_mini", None, img_size=32, patch_size=4,
+              diffusion_batch_mul=1),
+        small("imagenette64", "imagenette64", replace(SMALL_VAE, resolution=64), img_size=64,
+              patch_size=2, diffusion_batch_mul=1),
         published("mar_base", transformer(768, 12, 12, diffloss_d=6, diffloss_w=1024), cfg=2.9),
         published("mar_large", transformer(1024, 16, 16, diffloss_d=8, diffloss_w=1280), cfg=3.0),
         published("mar_huge", transformer(1280, 20, 16, diffloss_d=12, diffloss_w=1536), cfg=3.2),

@@ -130,6 +130,28 @@ def nearest(
     return distance, index
 
 
+def linear_discriminant(
+    features: Float[Tensor, "N D"], labels: Int[Tensor, " N"]
+) -> Callable[[Tensor], Tensor]:
+    """A classifier in closed form: the class whose mean is nearest, in units of the spread within.
+
+    features, labels  (N, D), (N,) of real images
+    returns           features (M, D) -> classes (M,) int64
+
+    Source: Fisher 1936, with one covariance for all classes.
+    """
+    x = features.double()
+    means = torch.stack([x[labels == k].mean(0) for k in range(int(labels.max()) + 1)])   # (K, D)
+    within = x - means[labels]
+    root = torch.linalg.cholesky(torch.cov(within.T) + 1e-6 * torch.eye(x.shape[1]))
+
+    def whiten(y: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(root, y.double().T, upper=False).T
+
+    centres = whiten(means)
+    return lambda y: torch.cdist(whiten(y), centres).argmin(1)
+
+
 def psnr(a: Float[Tensor, "N C H W"], b: Float[Tensor, "N C H W"]) -> Float[Tensor, " N"]:
     """Peak signal-to-noise ratio of each image in decibels; images in [0, 1]."""
     return -10 * (a - b).square().flatten(1).mean(1).clamp(min=1e-12).log10()
@@ -162,10 +184,12 @@ def bootstrap(
 class Reference:
     """What samples are compared with, without the images themselves.
 
-    features_name  the network that made them; figures of different networks are never compared
-    mean, cov      float64 (D,), (D, D) of the whole training set
-    train, test    float32 (N, D) features of some training images and of the test images
-    train_count    how many images `mean` and `cov` are made from
+    features_name              the network that made them; figures of different networks are never
+                               compared
+    mean, cov                  float64 (D,), (D, D) of the whole training set
+    train, test                float32 (N, D) features of some training images, and of test images
+    train_labels, test_labels  int64 (N,) their classes
+    train_count                how many images `mean` and `cov` are made from
     """
 
     features_name: str
@@ -173,6 +197,8 @@ class Reference:
     cov: Tensor
     train: Tensor
     test: Tensor
+    train_labels: Tensor
+    test_labels: Tensor
     train_count: int
 
     def distance(self, features: Float[Tensor, "N D"]) -> float:
@@ -182,7 +208,8 @@ class Reference:
 
     def save(self, path: Path) -> None:
         tensors = {"mean": self.mean, "cov": self.cov, "train": self.train.half(),
-                   "test": self.test.half()}  # fmt: skip
+                   "test": self.test.half(), "train_labels": self.train_labels.byte(),
+                   "test_labels": self.test_labels.byte()}  # fmt: skip
         card = {"features": self.features_name, "train_count": str(self.train_count)}
         write_atomically(path, lambda temporary: save_file(tensors, temporary, card))
 
@@ -191,21 +218,29 @@ class Reference:
         """Raises ValueError if the file is missing or damaged."""
         try:
             with safe_open(path, framework="pt") as file:
-                x = {key: file.get_tensor(key) for key in ("mean", "cov", "train", "test")}
+                x = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 card = file.metadata()
-        except (SafetensorError, OSError) as error:
+            return cls(
+                card["features"], x["mean"], x["cov"], x["train"].float(), x["test"].float(),
+                x["train_labels"].long(), x["test_labels"].long(), int(card["train_count"]),
+            )  # fmt: skip
+        except (SafetensorError, OSError, KeyError) as error:
             raise ValueError(f"{path} is missing or damaged ({error}); restore it") from error
-        return cls(card["features"], x["mean"], x["cov"], x["train"].float(), x["test"].float(),
-                   int(card["train_count"]))  # fmt: skip
 
 
 def judge(
-    features: Float[Tensor, "N D"], reference: Reference, seed: int = 0
+    features: Float[Tensor, "N D"],
+    asked: Int[Tensor, " N"],
+    reference: Reference,
+    seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
     """Each figure of some samples, and beside it its floor: that of as many real test images.
 
-    returns  name -> (of the samples, floor); "distance" and "KID x 1000" lower is better,
-             "precision" and "recall" higher
+    features  (N, D) of the samples, by the network of the reference
+    asked     (N,) the classes that were asked for
+    returns   name -> (of the samples, floor); "distance", "KID x 1000" lower is better, "precision"
+              and "recall" higher; "class found" is the share in which a linear discriminant finds
+              the class, "nearest" the median distance to the nearest training image
 
     Raises ValueError for more samples than the reference has test images.
     """
@@ -216,12 +251,16 @@ def judge(
             "floor; judge fewer samples"
         )
     generator = torch.Generator().manual_seed(seed)
-    real = reference.test[torch.randperm(len(reference.test), generator=generator)[:n]]
+    picked = torch.randperm(len(reference.test), generator=generator)[:n]
     train = reference.train[torch.randperm(len(reference.train), generator=generator)[:n]]
+    classify = linear_discriminant(reference.train, reference.train_labels)
 
-    def figures(x: Tensor) -> list[float]:
+    def figures(x: Tensor, labels: Tensor) -> list[float]:
         kid = kernel_distance(x, train, generator=torch.Generator().manual_seed(seed))[0]
-        return [reference.distance(x), 1000 * kid, *precision_recall(x, train)]
+        found = float((classify(x) == labels).double().mean())
+        near = float(nearest(x, reference.train)[0].median())
+        return [reference.distance(x), 1000 * kid, *precision_recall(x, train), found, near]
 
-    names = ("distance", "KID x 1000", "precision", "recall")
-    return dict(zip(names, zip(figures(features), figures(real), strict=True), strict=True))
+    names = ("distance", "KID x 1000", "precision", "recall", "class found", "nearest")
+    floor = figures(reference.test[picked], reference.test_labels[picked])
+    return dict(zip(names, zip(figures(features, asked), floor, strict=True), strict=True))

@@ -14,6 +14,7 @@ from mar_mini.evaluation import (
     frechet_distance,
     judge,
     kernel_distance,
+    linear_discriminant,
     nearest,
     precision_recall,
     psnr,
@@ -111,19 +112,43 @@ def test_bootstrap_covers_the_mean():
     assert 175 <= held <= 199
 
 
+def labelled(n: int, seed: int = 0, shift: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of two classes whose means are 4 apart, and the classes."""
+    labels = torch.arange(n) % 2
+    features = cloud(n, 10, seed=seed, shift=shift)
+    features[:, 0] += 4.0 * labels
+    return features, labels
+
+
 @pytest.fixture
 def reference() -> Reference:
-    train = cloud(4000, 10)
+    train, labels = labelled(4000)
+    test, test_labels = labelled(1000, seed=1)
     return Reference("numbers", train.double().mean(0), torch.cov(train.double().T), train[:1000],
-                     cloud(1000, 10, seed=1), 4000)  # fmt: skip
+                     test, labels[:1000], test_labels, 4000)  # fmt: skip
 
 
 def test_judging_real_ones_gives_the_floor(reference):
-    for name, (value, floor) in judge(cloud(500, 10, seed=9), reference).items():
-        assert value == pytest.approx(floor, rel=0.5, abs=3.0), name
-    shifted = judge(cloud(500, 10, shift=0.5, seed=9), reference)
+    allowed = {"distance": 0.2, "KID x 1000": 250.0, "precision": 0.08, "recall": 0.08,
+               "class found": 0.02, "nearest": 0.1}  # fmt: skip
+    for name, (value, floor) in judge(*labelled(500, seed=9), reference).items():
+        assert value == pytest.approx(floor, abs=allowed.pop(name)), name
+    assert not allowed
+    features, labels = labelled(500, seed=9, shift=0.5)
+    shifted = judge(features, 1 - labels, reference)
     assert shifted["distance"][0] > 5 * shifted["distance"][1]
+    assert shifted["KID x 1000"][0] > 500 + shifted["KID x 1000"][1]
     assert shifted["precision"][0] < shifted["precision"][1]
+    assert shifted["class found"][0] < 0.1 < 0.95 < shifted["class found"][1]
+
+
+def test_the_discriminant_weighs_by_the_spread_within():
+    """A wide axis with nearer means, a narrow one with what tells the classes apart."""
+    labels = torch.arange(2000) % 2
+    x = cloud(2000, 2) * torch.tensor([100.0, 1.0])
+    x[:, 1] += 5.0 * labels
+    classify = linear_discriminant(x, labels)
+    assert (classify(x) == labels).double().mean() > 0.98
 
 
 def test_a_reference_comes_back_from_its_file(reference, tmp_path):
@@ -140,4 +165,4 @@ def test_a_reference_comes_back_from_its_file(reference, tmp_path):
 
 def test_more_samples_than_test_images_are_refused(reference):
     with pytest.raises(ValueError, match="1001 samples, but the reference has 1000 test images"):
-        judge(cloud(1001, 10), reference)
+        judge(*labelled(1001), reference)

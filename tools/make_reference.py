@@ -20,9 +20,10 @@ OUT = Path(__file__).resolve().parents[1] / "data" / "reference" / "cifar10.safe
 
 
 def main() -> None:
-    network, features = load_features(), {}
+    network, features, labels = load_features(), {}, {}
     for split in ("train", "test"):
-        images = open_images("cifar10", split).images
+        opened = open_images("cifar10", split)
+        images, labels[split] = opened.images, opened.labels
         features[split] = torch.cat([
             features_of(network, denormalise(normalise(part)))
             for part in tqdm(images.split(1000), desc=split)
@@ -30,8 +31,10 @@ def main() -> None:
     train = features["train"].double()
     some = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:10_000]
     OUT.parent.mkdir(parents=True, exist_ok=True)
-    Reference(network.name, train.mean(0), torch.cov(train.T), features["train"][some],
-              features["test"], len(train)).save(OUT)  # fmt: skip
+    Reference(
+        network.name, train.mean(0), torch.cov(train.T), features["train"][some], features["test"],
+        labels["train"][some], labels["test"], len(train),
+    ).save(OUT)  # fmt: skip
 
 
 if __name__ == "__main__":
