@@ -1,11 +1,12 @@
 """The command line: `mar-mini ...` or `python -m mar_mini ...`."""
 
+import json
 import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -141,6 +142,7 @@ def doctor() -> int:
 
 
 def train(
+    what: tyro.conf.Positional[Literal["mar", "vae"]] = "mar",
     config: str = "digits",
     out: Path | None = None,
     max_minutes: float | None = None,
@@ -150,6 +152,7 @@ def train(
     seed: int = 0,
     compile: bool = False,
     device: str = "auto",
+    tensorboard: bool = False,
 ) -> int:
     """Train a preset and save the model, its card and a grid of samples in a folder.
 
@@ -157,6 +160,7 @@ def train(
     saves and says how to go on.
 
     Args:
+        what: mar, with the autoencoder first where the preset has one; or vae, that alone.
         config: name of the preset.
         out: folder for the model; build/NAME by default.
         max_minutes: budget of the MAR in minutes; the preset's by default.
@@ -167,12 +171,13 @@ def train(
         seed: decides everything that is random.
         compile: compile the model first, which takes up to a minute.
         device: auto, cpu or cuda.
+        tensorboard: write the course of the training for TensorBoard as well (if it is installed).
     """
     import torch
 
     from mar_mini.configs import get_config
     from mar_mini.data import normalise
-    from mar_mini.recipes import train_pipeline, trainable
+    from mar_mini.recipes import AUTOENCODER, recorded, train_pipeline, trainable
     from mar_mini.sources import open_images
     from mar_mini.viz.figures import image_grid, save_figure
 
@@ -180,9 +185,12 @@ def train(
     side = trainable(preset).img_size
     if max_minutes is not None:
         max_seconds = 60 * max_minutes
+    stage = "vae_training" if what == "vae" else "training"
+    if getattr(preset, stage) is None:
+        raise ValueError(f"preset {config!r} has no autoencoder; its tokens are pixels")
     if max_seconds is not None or max_steps is not None:
-        budget = replace(preset.training, max_seconds=max_seconds, max_steps=max_steps)
-        preset = replace(preset, training=budget)
+        budget = replace(getattr(preset, stage), max_seconds=max_seconds, max_steps=max_steps)
+        preset = replace(preset, **{stage: budget})
     if compile:
         preset = compiled(preset)
     if device == "auto":
@@ -193,7 +201,11 @@ def train(
         preset, normalise(images.images), images.labels, images.classes, seed=seed, device=device,
         folder=folder / "state",
     )  # fmt: skip
-    pipeline = watched(steps, folder)
+    last = AUTOENCODER if what == "vae" else None
+    pipeline = watched(recorded(steps, folder), folder, last, tensorboard)
+    if what == "vae":
+        print(f"saved in {folder}: vae.safetensors; next: mar-mini train mar --config {config}")
+        return 0
     pipeline.card.update(data=data or preset.data, data_md5=images.checksum)
     pipeline.save(folder, preset)
     grid = pipeline.generate([i % len(pipeline.classes) for i in range(40)])
@@ -210,43 +222,61 @@ def compiled(preset):
     )
 
 
-def watched(steps, folder: Path):
-    """Run a training to its end behind a progress bar, with its history as JSON and as a picture.
+def watched(run, folder: Path, last_stage: str | None = None, tensorboard: bool = False):
+    """Run a training behind a progress bar, its history drawn as it goes on.
 
-    Returns what the training returns.
+    Returns what the training returns; nothing if it is left at the end of `last_stage`.
     """
     from tqdm import tqdm
 
-    from mar_mini.runs import History
     from mar_mini.viz.figures import curves, save_figure
 
-    bar = stage = history = None
+    bar = stage = None
+    writer, drawn = summary_writer(folder) if tensorboard else None, 0
     try:
         while True:
             try:
-                stage_now, step, _ = next(steps)
+                progress = next(run)
             except StopIteration as end:
                 return end.value
-            if stage_now != stage:
+            step = progress.step
+            if progress.stage != stage:
                 if bar is not None:
                     bar.close()
-                stage = stage_now
+                stage, drawn = progress.stage, 0
                 bar = tqdm(total=100, bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}")
                 bar.set_description_str(f"training the {stage}")
-                history = History(folder / f"history_{stage.split()[0]}.json")
-            if history.add(step):
-                history.save()
-                if len(history.rows) % 20 == 0 or step.progress == 1.0:
-                    seen = [row["images_seen"] for row in history.rows]
-                    lines = {k: (seen, [row[k] for row in history.rows]) for k in step.terms}
-                    figure = curves(lines, xlabel="images seen", ylabel="loss", logy=True)
-                    save_figure(figure, history.path.with_suffix(".png"))
+            if int(10 * step.progress) > drawn:
+                drawn = int(10 * step.progress)
+                path = folder / f"history_{stage.split()[0]}.json"
+                rows = json.loads(path.read_text())
+                seen = [row["images_seen"] for row in rows]
+                lines = {name: (seen, [row[name] for row in rows]) for name in step.terms}
+                figure = curves(lines, xlabel="images seen", ylabel="loss", logy=True)
+                save_figure(figure, path.with_suffix(".png"))
+            if writer is not None:
+                for name, value in (*step.terms.items(), ("learning rate", step.learning_rate)):
+                    writer.add_scalar(f"{stage}/{name}", value, step.step)
             bar.n = round(100 * step.progress)
             rate, left = step.images_seen / step.seconds, step.seconds * (1 / step.progress - 1)
             bar.set_postfix_str(f"loss {step.loss:.3f}, {rate:.0f} images/s, {left:.0f} s left")
+            if stage == last_stage and step.progress == 1.0:
+                return None
     finally:
+        run.close()
         if bar is not None:
             bar.close()
+        if writer is not None:
+            writer.close()
+
+
+def summary_writer(folder: Path):
+    """TensorBoard's. Raises ValueError if it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("TensorBoard is not installed; run: pip install tensorboard") from error
+    return SummaryWriter(folder / "tensorboard")
 
 
 def sample(

@@ -1,5 +1,6 @@
 """From images to a trained pipeline: the autoencoder where there is one, latents, then the MAR."""
 
+import subprocess
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -7,14 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor
 
-from mar_mini.checkpoints import Pipeline
+from mar_mini.checkpoints import Pipeline, save_weights
 from mar_mini.configs import Config, MARConfig
+from mar_mini.files import write_atomically
 from mar_mini.mar import MAR
-from mar_mini.runs import Checkpoints, resumable
+from mar_mini.runs import Checkpoints, History, resumable
 from mar_mini.sampling import evaluating
 from mar_mini.training import Step, Training, train_mar, train_vae
 from mar_mini.vae import AutoencoderKL
@@ -111,8 +115,83 @@ def stages(config, images, labels, classes, seed, device, folder) -> Iterator[Pr
         yield Progress(MASKED, step, pipeline)
     card = {"steps": training.step, "seconds": round(training.seconds, 1), "seed": seed,
             "images_seen": training.step * config.training.batch_size,
-            "torch": torch.__version__}  # fmt: skip
+            "device": hardware(device), "torch": torch.__version__, "commit": commit(),
+            "training": asdict(config.training)}  # fmt: skip
+    if config.vae is not None:
+        card["vae_training"] = asdict(config.vae_training)
     return pipeline(training.ema.module.eval(), card=card)
+
+
+# shares of a run at which samples are looked at, closer together where more happens
+MOMENTS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+def recorded(
+    run: Iterator[Progress], folder: Path, moments: tuple[float, ...] = MOMENTS
+) -> Iterator[Progress]:
+    """A `train_pipeline` that leaves its course in a folder; yields and returns what that does.
+
+    history_STAGE.json  means of all terms, about 200 rows a stage, see `runs.History`
+    moments/, grids/    at some shares of the MAR's budget: averaged and raw weights (bfloat16), and
+                        samples of both, from the same seeds
+    vae.safetensors     the autoencoder, as soon as it is trained
+    """
+    history, stage = None, None
+    while True:
+        try:
+            progress = next(run)
+        except StopIteration as end:
+            return end.value
+        if progress.stage != stage:
+            stage = progress.stage
+            history = History(folder / f"history_{stage.split()[0]}.json")
+        step, before = progress.step, history.rows[-1]["progress"] if history.rows else 0.0
+        if history.add(step):
+            history.save()
+            if stage == MASKED and any(before < m <= step.progress for m in moments):
+                keep_moment(progress, folder)
+        if stage == AUTOENCODER and step.progress == 1.0:
+            save_weights(step.ema, folder / "vae.safetensors", torch.bfloat16)
+        yield progress
+
+
+def keep_moment(progress: Progress, folder: Path) -> None:
+    """Averaged and raw weights of one step, and 64 samples of both from the same seeds."""
+    step = progress.step
+    for name, model in (("average", step.ema), ("raw", step.model)):
+        pipeline = progress.pipeline(model)
+        labels = torch.arange(64) % len(pipeline.classes)
+        images = pipeline.generate(labels, generator=torch.Generator().manual_seed(0))
+        save_sheet(images, folder / "grids" / f"{name}-{step.step:07d}.png")
+        weights = folder / "moments" / f"{name}-{step.step:07d}.safetensors"
+        weights.parent.mkdir(exist_ok=True)
+        save_weights(model, weights, torch.bfloat16)
+
+
+def save_sheet(images: Float[Tensor, "N C H W"], path: Path, columns: int = 8) -> None:
+    """Images in [0, 1] as one PNG, pixel for pixel, row after row."""
+    rows = images.expand(-1, 3, -1, -1).unflatten(0, (-1, columns))         # (R, K, 3, H, W)
+    sheet = rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)         # (R * H, K * W, 3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray((sheet * 255).round().byte().cpu().numpy().astype(np.uint8))
+    write_atomically(path, lambda temporary: picture.save(temporary, format="png"))
+
+
+def hardware(device: torch.device | str) -> str:
+    """What a training ran on, for its card."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def commit() -> str | None:
+    """The commit of the code, where it is a git repository."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
+                              text=True, cwd=Path(__file__).parent)  # fmt: skip
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 def settings(training: Training) -> dict:

@@ -11,38 +11,24 @@ Its state is in OUT/state.
 """
 
 import argparse
-import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare machine has no installation
 
-from mar_mini.checkpoints import save_weights
 from mar_mini.configs import get_config
 from mar_mini.data import normalise
-from mar_mini.recipes import MASKED, train_pipeline
-from mar_mini.runs import History, Interrupted
+from mar_mini.recipes import recorded, train_pipeline
+from mar_mini.runs import Interrupted
 from mar_mini.sources import open_images
 
-MOMENTS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 GO_ON = 75  # "temporary failure": a part has ended, the run has not
-
-
-def save_grid(images: torch.Tensor, path: Path, columns: int = 8) -> None:
-    """Images (N, C, H, W) in [0, 1] as one PNG, a row after the other."""
-    rows = images.expand(-1, 3, -1, -1).unflatten(0, (-1, columns))         # (R, K, 3, H, W)
-    sheet = rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)         # (R * H, K * W, 3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((sheet * 255).round().byte().cpu().numpy().astype(np.uint8)).save(path)
 
 
 def main() -> int:
@@ -84,61 +70,36 @@ def main() -> int:
         timer = threading.Timer(60 * arguments.part_minutes, os.kill, (os.getpid(), signal.SIGINT))
         timer.daemon = True
         timer.start()
-    out, history, stage = arguments.out, None, None
-    out.mkdir(parents=True, exist_ok=True)
-    run = train_pipeline(
+    out, rows, stage = arguments.out, 0, None
+    run = recorded(train_pipeline(
         config, normalise(images.images), images.labels, images.classes, seed=arguments.seed,
         device=arguments.device, folder=out / "state",
-    )  # fmt: skip
+    ), out)  # fmt: skip
     try:
         while True:
-            stage_now, step, pipeline_of = next(run)
-            if stage_now != stage:
-                stage = stage_now
-                history = History(out / f"history_{stage.split()[0]}.json")
+            progress = next(run)
+            step = progress.step
+            if progress.stage != stage:
+                stage, rows = progress.stage, -1
                 print(f"training the {stage} from step {step.step}", flush=True)
-            before = history.rows[-1]["progress"] if history.rows else 0.0
-            if history.add(step):
-                history.save()
-                row = history.rows[-1]
-                print(json.dumps({k: round(v, 5) for k, v in row.items()}), flush=True)
-                if stage == MASKED and any(before < m <= step.progress for m in MOMENTS):
-                    moment(step, pipeline_of, len(images.classes), out)
+            if int(50 * step.progress) > rows:
+                rows = int(50 * step.progress)
+                terms = ", ".join(f"{name} {value:.4f}" for name, value in step.terms.items())
+                rate = f"{step.images_seen / step.seconds:.0f} images/s"
+                print(f"{step.progress:4.0%}, step {step.step}, {step.seconds:.0f} s, {rate}, {terms}",
+                      flush=True)  # fmt: skip
     except StopIteration as end:
         pipeline = end.value
     except Interrupted as interruption:
         print(interruption, flush=True)
         return GO_ON if arguments.part_minutes else 130
     pipeline.card.update(
-        data=str(config.data), data_md5=images.checksum, device=device_name(arguments.device),
-        command=" ".join(["python", "recipes/train.py", *sys.argv[1:]]), commit=commit(),
+        data=arguments.data, data_md5=images.checksum,
+        command=" ".join(["python", "recipes/train.py", *sys.argv[1:]]),
     )  # fmt: skip
     pipeline.save(out, config)
     print(f"saved in {out}", flush=True)
     return 0
-
-
-def moment(step, pipeline_of, num_classes: int, out: Path) -> None:
-    """Averaged and raw weights, and samples of both from the same seeds."""
-    labels = torch.arange(64) % num_classes
-    for name, model in (("average", step.ema), ("raw", step.model)):
-        images = pipeline_of(model).generate(labels, generator=torch.Generator().manual_seed(0))
-        save_grid(images, out / "grids" / f"{name}-{step.step:07d}.png")
-        weights = out / "moments" / f"{name}-{step.step:07d}.safetensors"
-        weights.parent.mkdir(exist_ok=True)
-        save_weights(model, weights, torch.bfloat16)
-
-
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def commit() -> str | None:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                          cwd=Path(__file__).parent)  # fmt: skip
-    return done.stdout.strip() or None
 
 
 if __name__ == "__main__":
