@@ -86,8 +86,8 @@ def main() -> int:
                 rows = int(50 * step.progress)
                 terms = ", ".join(f"{name} {value:.4f}" for name, value in step.terms.items())
                 rate = f"{step.images_seen / step.seconds:.0f} images/s"
-                print(f"{step.progress:4.0%}, step {step.step}, {step.seconds:.0f} s, {rate}, {terms}",
-                      flush=True)  # fmt: skip
+                share, seconds = f"{step.progress:4.0%}", f"{step.seconds:.0f} s"
+                print(f"{share}, step {step.step}, {seconds}, {rate}, {terms}", flush=True)
     except StopIteration as end:
         pipeline = end.value
     except Interrupted as interruption:

@@ -31,9 +31,21 @@ def test_train_then_sample(tmp_path):
         assert grid.format == "PNG"
 
 
+def test_the_autoencoder_alone(tmp_path):
+    few = ["--config", "cifar10", "--max-steps", 2, "--out", tmp_path]
+    done = run("train", "vae", *few)
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "vae.safetensors", "state", "history_autoencoder.json", "history_autoencoder.png"
+    }  # fmt: skip
+    history = json.loads((tmp_path / "history_autoencoder.json").read_text())
+    assert [row["step"] for row in history] == [1, 2] and history[0]["mse"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["train", "vae", "--config", "digits"], "preset 'digits' has no autoencoder"),
         (["train", "--config", "digit"], "unknown preset 'digit'; expected one of: digits"),
         (["train", "--config", "kl16"], "no MAR to train"),
         (["train", "--config", "cifar10", "--data", "digits"], "made for 32x32 pixels"),

@@ -128,6 +128,27 @@ def reference() -> Reference:
                      test, labels[:1000], test_labels, 4000)  # fmt: skip
 
 
+def test_frechet_distance_of_the_library():
+    """torchmetrics with a feature module of our own: the same features, the same distance."""
+    fid = pytest.importorskip("torchmetrics.image.fid")
+
+    class FirstPixels(torch.nn.Module):
+        num_features = 12
+
+        def forward(self, images):
+            return images.double().flatten(1)[:, : self.num_features]
+
+    library = fid.FrechetInceptionDistance(
+        feature=FirstPixels(), input_img_size=(3, 2, 2), normalize=True
+    ).set_dtype(torch.float64)
+    a = torch.rand(300, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    b = torch.rand(200, 3, 2, 2, generator=torch.Generator().manual_seed(1)) ** 2
+    library.update(a, real=True)
+    library.update(b, real=False)
+    ours = frechet_distance(a.flatten(1), b.flatten(1))
+    assert float(library.compute()) == pytest.approx(ours, rel=1e-5)
+
+
 def test_judging_real_ones_gives_the_floor(reference):
     allowed = {"distance": 0.2, "KID x 1000": 250.0, "precision": 0.08, "recall": 0.08,
                "class found": 0.02, "nearest": 0.1}  # fmt: skip
