@@ -182,7 +182,7 @@ PRESETS = {
                 num_iter=16, num_sampling_steps=25, cfg=3.0, temperature=0.9, clip=1.0
             ),
         ),
-        # 16 tokens of 2x2 latents (64 numbers), of which fewer are masked so that there is something
+        # 16 tokens of 2x2 latents (64 numbers), fewer of them masked, so that there is something
         # to predict from; or 64 tokens of one latent (16 numbers) or of 4x4 pixels (48)
         small("cifar10", "cifar10_mini", SMALL_VAE, img_size=32, patch_size=2, mask_ratio_min=0.3,
               diffusion_batch_mul=2),

@@ -87,7 +87,7 @@ class EfficientNetFeatures(nn.Module):
             self._blocks.append(InvertedResidual(width, expand, channels, kernel, stride))
             width = channels
 
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 112"]:
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 112"]:
         """images (B, 3, H, W) float in [0, 1]; scaled to 64x64 if they are not."""
         if images.shape[1] != 3 or images.ndim != 4:
             raise ValueError(

@@ -13,9 +13,9 @@ from mar_mini.configs import PRESETS
 REPO = Path(__file__).resolve().parent.parent
 IMPORT = """
 import sys, time
-start = time.perf_counter()
+start = time.process_time()
 import mar_mini
-print(time.perf_counter() - start, *sorted({name.split(".")[0] for name in sys.modules}))
+print(time.process_time() - start, *sorted({name.split(".")[0] for name in sys.modules}))
 """
 
 

@@ -1,0 +1,65 @@
+"""The same model on three kinds of tokens of CIFAR-10, trained for the same minutes.
+
+    python recipes/compare.py --minutes 6 --out build/tokens
+
+Trains `cifar10`, `cifar10_latents` and `cifar10_pixels` one after the other by recipes/train.py
+(one autoencoder for the first two), judges 1,000 samples of each, and writes
+benchmarks/results/tokens.json. What is finished is not trained again.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from mar_mini import load_pretrained
+from mar_mini.data import data_dir
+from mar_mini.evaluation import Reference
+from mar_mini.features import features_of, load_features
+from mar_mini.files import write_atomically
+
+HERE = Path(__file__).resolve().parent
+RESULT = HERE.parent / "benchmarks" / "results" / "tokens.json"
+PRESETS = ("cifar10", "cifar10_latents", "cifar10_pixels")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=6.0, help="of each MAR")
+    parser.add_argument("--out", type=Path, default=Path("build/tokens"))
+    parser.add_argument("--samples", type=int, default=1000)
+    arguments = parser.parse_args()
+    reference, network = Reference.load(data_dir() / "reference" / "cifar10.safetensors"), None
+    rows = []
+    for name in PRESETS:
+        out, first = arguments.out / name, arguments.out / PRESETS[0] / "state" / "autoencoder"
+        if name == "cifar10_latents" and not (out / "state").exists():
+            shutil.copytree(first, out / "state" / "autoencoder")
+        if not (out / "config.json").exists():
+            subprocess.run([
+                sys.executable, str(HERE / "train.py"), "--config", name, "--data", "cifar10",
+                "--out", str(out), "--minutes", str(arguments.minutes),
+            ], check=True)  # fmt: skip
+        pipeline = load_pretrained(out.resolve())
+        network = network or load_features()
+        features = []
+        for i, asked in enumerate((torch.arange(arguments.samples) % 10).split(250)):
+            images = pipeline.generate(asked, generator=torch.Generator().manual_seed(i))
+            features.append(features_of(network, images))
+        rows.append({
+            "preset": name, "tokens": pipeline.mar.seq_len, "width": pipeline.mar.token_embed_dim,
+            "parameters": sum(p.numel() for p in pipeline.mar.parameters()),
+            "minutes": pipeline.card["seconds"] / 60, "images_seen": pipeline.card["images_seen"],
+            "distance": reference.distance(torch.cat(features)),
+        })  # fmt: skip
+        print(rows[-1], flush=True)
+    result = {"samples": arguments.samples, "features": reference.features_name, "rows": rows}
+    write_atomically(RESULT, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+
+
+if __name__ == "__main__":
+    main()
