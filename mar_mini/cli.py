@@ -125,7 +125,7 @@ def evaluate(
     print(f"{samples} samples in {seconds:.0f} s; {known.features_name}; against "
           f"{known.train_count:,} training images")  # fmt: skip
     print(f"{'':12} {'samples':>10} {'floor':>10}   (as many real test images)")
-    for name, (value, floor) in judge(torch.cat(features), known, seed).items():
+    for name, (value, floor) in judge(torch.cat(features), asked, known, seed).items():
         print(f"{name:12} {value:10.3f} {floor:10.3f}")
     return 0
 
