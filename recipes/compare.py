@@ -59,6 +59,23 @@ def main() -> None:
         print(rows[-1], flush=True)
     result = {"samples": arguments.samples, "features": reference.features_name, "rows": rows}
     write_atomically(RESULT, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+    draw(result)
+
+
+def draw(result: dict) -> None:
+    """The table of benchmarks/README.md."""
+    lines = [
+        f"{result['samples']:,} samples of the same model on three kinds of tokens, trained for "
+        f"{result['rows'][0]['minutes']:.0f} minutes each:", "",
+        "| preset | tokens | parameters | images seen | distance |", "|---|---|---|---|---|",
+        *(f"| `{row['preset']}` | {row['tokens']} of {row['width']} | {row['parameters']:,} | "
+          f"{row['images_seen']:,} | {row['distance']:.1f} |" for row in result["rows"]),
+    ]  # fmt: skip
+    path = RESULT.parents[1] / "README.md"
+    before, mark, rest = path.read_text().partition("<!-- tokens -->\n")
+    after = rest.partition("<!-- end of tokens -->")[2]
+    table = "\n".join(lines)
+    path.write_text(f"{before}{mark}{table}\n<!-- end of tokens -->{after}")
 
 
 if __name__ == "__main__":
