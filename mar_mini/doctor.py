@@ -13,6 +13,7 @@ import torch
 from mar_mini.checkpoints import load_pretrained
 from mar_mini.compiling import COMPILERS
 from mar_mini.data import data_dir, load_images
+from mar_mini.evaluation import Reference
 from mar_mini.sources import FETCHERS, cache_dir, is_arrays
 from mar_mini.training import multiplies_bf16
 
@@ -68,6 +69,12 @@ def bundled() -> Iterator[tuple[bool, str]]:
     for path in sorted(root.glob("*/*.parquet")):
         try:
             yield True, f"{path.relative_to(root)}: whole, {len(load_images(path))} images"
+        except ValueError as error:
+            yield False, str(error)
+    for path in sorted(root.glob("reference/*.safetensors")):
+        try:
+            reference = Reference.load(path)
+            yield True, f"{path.relative_to(root)}: whole, {len(reference.train):,} features"
         except ValueError as error:
             yield False, str(error)
     for path in sorted(root.glob("weights/*/config.json")):
