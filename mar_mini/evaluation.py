@@ -238,7 +238,7 @@ def judge(
 
     features  (N, D) of the samples, by the network of the reference
     asked     (N,) the classes that were asked for
-    returns   name -> (of the samples, floor); "distance", "KID x 1000" lower is better, "precision"
+    returns   name -> (of the samples, floor); "distance", "KID" lower is better, "precision"
               and "recall" higher; "class found" is the share in which a linear discriminant finds
               the class, "nearest" the median distance to the nearest training image
 
@@ -259,8 +259,8 @@ def judge(
         kid = kernel_distance(x, train, generator=torch.Generator().manual_seed(seed))[0]
         found = float((classify(x) == labels).double().mean())
         near = float(nearest(x, reference.train)[0].median())
-        return [reference.distance(x), 1000 * kid, *precision_recall(x, train), found, near]
+        return [reference.distance(x), kid, *precision_recall(x, train), found, near]
 
-    names = ("distance", "KID x 1000", "precision", "recall", "class found", "nearest")
+    names = ("distance", "KID", "precision", "recall", "class found", "nearest")
     floor = figures(reference.test[picked], reference.test_labels[picked])
     return dict(zip(names, zip(figures(features, asked), floor, strict=True), strict=True))
