@@ -31,8 +31,9 @@ from mar_mini.sources import open_images
 
 HERE = Path(__file__).resolve().parent
 OPTIONS = {
-    "no guidance": {"cfg": 1.0}, "guidance 2": {"cfg": 2.0}, "guidance 3": {"cfg": 3.0},
-    "guidance 4": {"cfg": 4.0}, "guidance 6": {"cfg": 6.0}, "temperature 0.9": {"temperature": 0.9},
+    "no guidance": {"cfg": 1.0}, "guidance 3": {"cfg": 3.0}, "guidance 7": {"cfg": 7.0},
+    "guidance 4.5, linear": {"cfg_schedule": "linear"}, "temperature 0.9": {"temperature": 0.9},
+    "temperature 1": {"temperature": 1.0},
     "4 iterations": {"num_iter": 4}, "8 iterations": {"num_iter": 8},
     "10 diffusion steps": {"num_sampling_steps": 10},
     "25 diffusion steps": {"num_sampling_steps": 25},

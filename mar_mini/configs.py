@@ -155,7 +155,8 @@ def small(name: str, data: str, vae: VAEConfig | None, **tokens) -> Config:
         ),
         # the bound on x0 is that of pixels, or measured on the latents when they are there
         sampling=SamplingConfig(
-            num_iter=16, num_sampling_steps=50, cfg=2.0, clip=None if vae else 1.0
+            num_iter=16, num_sampling_steps=50, cfg=4.5, cfg_schedule="constant",
+            temperature=0.95, clip=None if vae else 1.0,
         ),
     )  # fmt: skip
 

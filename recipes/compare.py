@@ -24,6 +24,7 @@ from mar_mini.files import write_atomically
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE.parent / "benchmarks" / "results" / "tokens.json"
+SETTINGS = {"cfg": 2.0, "cfg_schedule": "linear", "temperature": 1.0}
 PRESETS = ("cifar10", "cifar10_latents", "cifar10_pixels")
 
 
@@ -48,7 +49,9 @@ def main() -> None:
         network = network or load_features()
         features = []
         for i, asked in enumerate((torch.arange(arguments.samples) % 10).split(250)):
-            images = pipeline.generate(asked, generator=torch.Generator().manual_seed(i))
+            images = pipeline.generate(
+                asked, generator=torch.Generator().manual_seed(i), **SETTINGS
+            )
             features.append(features_of(network, images))
         rows.append({
             "preset": name, "tokens": pipeline.mar.seq_len, "width": pipeline.mar.token_embed_dim,
@@ -57,7 +60,8 @@ def main() -> None:
             "distance": reference.distance(torch.cat(features)),
         })  # fmt: skip
         print(rows[-1], flush=True)
-    result = {"samples": arguments.samples, "features": reference.features_name, "rows": rows}
+    result = {"samples": arguments.samples, "features": reference.features_name,
+              "settings": SETTINGS, "rows": rows}  # fmt: skip
     write_atomically(RESULT, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
     draw(result)
 
@@ -66,7 +70,7 @@ def draw(result: dict) -> None:
     """The table of benchmarks/README.md."""
     lines = [
         f"{result['samples']:,} samples of the same model on three kinds of tokens, trained for "
-        f"{result['rows'][0]['minutes']:.0f} minutes each:", "",
+        f"{result['rows'][0]['minutes']:.0f} minutes each and sampled with guidance 2:", "",
         "| preset | tokens | parameters | images seen | distance |", "|---|---|---|---|---|",
         *(f"| `{row['preset']}` | {row['tokens']} of {row['width']} | {row['parameters']:,} | "
           f"{row['images_seen']:,} | {row['distance']:.1f} |" for row in result["rows"]),
