@@ -103,19 +103,21 @@ def main() -> None:
         write_atomically(path, lambda p: p.write_text(json.dumps(result, indent=1) + "\n"))
 
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if path.exists():  # go on with what was begun with the same model and settings
+        before = json.loads(path.read_text())
+        if all(before[key] == result[key] for key in ("model", "defaults", "samples")):
+            result |= before
+            rows = result["rows"]
     note("real test images", distance(real))
     if pipeline.vae is not None:
         again = torch.cat([pipeline.to_images(pipeline.to_tokens(x)) for x in real.split(250)])
         result["psnr"] = float(psnr(again, real).mean())
         note("test images through the autoencoder", distance(again))
-    gaussian = class_gaussian(train.images.float() / 255, train.labels, count)
-    note("a normal distribution for each class", distance(gaussian))
+    if "a normal distribution for each class" not in rows:
+        gaussian = class_gaussian(train.images.float() / 255, train.labels, count)
+        note("a normal distribution for each class", distance(gaussian))
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
     note("real, noise of 16", distance((real + 16 / 255 * noise).clamp(0, 1)))
-    for name, settings in tqdm({"default": {}, **OPTIONS}.items(), unit="setting"):
-        if settings.get("num_iter", 1) <= pipeline.mar.seq_len:
-            images, seconds = samples(pipeline, count, seed=1, **settings)
-            note(name, distance(images), seconds)
     images, seconds = samples(pipeline, arguments.default_samples, seed=2)
     features = features_of(network, images)
     asked = torch.arange(len(images)) % len(pipeline.classes)
@@ -128,7 +130,11 @@ def main() -> None:
         target = data_dir() / "reference" / "cifar10_samples.npz"
         with open(target, "wb") as file:
             np.savez_compressed(file, images=eight_bit, labels=asked[:1000].numpy())
-    note("default, again", distance(images[:count]), seconds * count / len(images))
+    note("default", distance(images[:count]), seconds * count / len(images))
+    for name, settings in tqdm(OPTIONS.items(), unit="setting"):
+        if name not in rows and settings.get("num_iter", 1) <= pipeline.mar.seq_len:
+            images, seconds = samples(pipeline, count, seed=1, **settings)
+            note(name, distance(images), seconds)
     draw(result)
 
 
