@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -319,14 +319,15 @@ def sample(
         "temperature": temperature,
     }  # fmt: skip
     given = {k: v for k, v in given.items() if v is not None}
-    settings = {**asdict(pipeline.defaults), **(FAST if fast else {}), **given}
+    settings = {**(FAST if fast else {}), **given}
     chosen = list(labels) or list(range(len(pipeline.classes)))
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(len(chosen))]
     frames = pipeline.sample(chosen, order=order, generator=generators, **settings)
-    for frame in tqdm(frames, total=settings["num_iter"], desc="sampling", unit="step"):
+    total = num_iter or pipeline.defaults.num_iter
+    for frame in tqdm(frames, total=total, desc="sampling", unit="step"):
         images = frame.images() if not frame.mask.any() else None
     titles = [pipeline.classes[label] for label in chosen]
-    save_figure(image_grid(images, columns=min(10, len(images)), titles=titles), out)
+    save_figure(image_grid(images, columns=min(8, len(images)), titles=titles), out)
     print(f"wrote {out}: {', '.join(titles)}")
     return 0
 

@@ -1,16 +1,21 @@
 """What ships for CIFAR-10: small enough, whole, honest about itself, and better than it looks."""
 
+import io
 import json
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from mar_mini import data, load_pretrained
 from mar_mini.evaluation import Reference, psnr
 from mar_mini.features import features_of, load_features
+from mar_mini.viz.figures import image_grid, png
 
 FOLDER = data.data_dir() / "weights" / "cifar10"
 
@@ -50,6 +55,21 @@ def test_sixteen_images_in_twenty_seconds(pipeline):
     assert images.shape == (16, 3, 32, 32)
     seconds = time.perf_counter() - start
     assert seconds < 20, f"16 images took {seconds:.0f} s"
+
+
+@pytest.mark.slow
+def test_the_command_line_makes_the_same_images(pipeline, tmp_path):
+    """The model's bound on x0 among them: without it the pixels are all black or white."""
+    path = tmp_path / "two.png"
+    command = [sys.executable, "-m", "mar_mini", "sample", "cifar10", "--labels", "0", "8",
+               "--out", str(path)]  # fmt: skip
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    figure = image_grid(pipeline.generate([0, 8], generator=generators), columns=2,
+                        titles=["airplane", "ship"])  # fmt: skip
+    with Image.open(path) as ours, Image.open(io.BytesIO(png(figure))) as theirs:
+        difference = np.abs(np.asarray(ours, float) - np.asarray(theirs, float))
+    assert difference.mean() < 0.5, "other images than those of `generate`"
 
 
 @pytest.mark.slow
