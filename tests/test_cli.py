@@ -49,7 +49,7 @@ def test_the_autoencoder_alone(tmp_path):
         (["train", "--config", "digit"], "unknown preset 'digit'; expected one of: digits"),
         (["train", "--config", "kl16"], "no MAR to train"),
         (["train", "--config", "cifar10", "--data", "digits"], "made for 32x32 pixels"),
-        (["sample", "nothing"], "no trained model 'nothing'; expected one of: digits"),
+        (["sample", "nothing"], "no trained model 'nothing'; expected one of: cifar10"),
         (["sample", "digits", "--labels", "12"], "label 12 is out of range"),
         (["sample", "digits", "--num-iter", "17"], "num_iter is 17; expected 1 to 16"),
         (["sample", "digits", "--order", "zigzag"], "unknown order 'zigzag'"),
