@@ -189,6 +189,10 @@ class History:
         """Take note of a step; True if that completed a row."""
         while self.rows and self.rows[-1]["step"] >= step.step:  # done again after a kill
             self.rows.pop()
+        if self.rows and step.progress < self.rows[-1]["progress"]:  # the budget has grown
+            share = step.progress / self.rows[-1]["progress"]
+            for row in self.rows:
+                row["progress"] *= share
         self.window.append(step)
         last = self.rows[-1]["progress"] if self.rows else 0.0
         if step.progress - last < 1 / self.entries and step.progress < 1.0:

@@ -15,7 +15,7 @@ from golden_values import fill
 from test_training import CPU, FIVE, LABELS, LATENTS, SIZES, changed  # noqa: F401
 
 from mar_mini import MAR, train_mar
-from mar_mini.runs import KEPT, Checkpoints, Interrupted, resumable
+from mar_mini.runs import KEPT, Checkpoints, History, Interrupted, resumable
 from mar_mini.training import Training
 
 TEN = changed(max_steps=10)
@@ -146,6 +146,23 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch):
         checkpoints.save(training)
     assert list(tmp_path.iterdir()) == [good]
     assert checkpoints.restore(start()).path == good
+
+
+def test_the_history_of_a_run_whose_budget_grew_goes_on_evenly(tmp_path):
+    history = History(tmp_path / "history.json", entries=10)
+    training = start()
+    for step in training:
+        history.add(step)
+    history.save()
+    history, longer = History(history.path, entries=10), start(changed(max_steps=40))
+    longer.load(training.state())
+    for step in longer:
+        history.add(step)
+    places = [(row["step"], row["progress"]) for row in history.rows]
+    assert places[-1] == (40, 1.0)
+    assert all(progress == pytest.approx(step / 40) for step, progress in places)
+    gaps = [after[0] - before[0] for before, after in zip(places, places[1:], strict=False)]
+    assert max(gaps) <= 5  # a tenth of 40 steps, give or take one
 
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, final):
