@@ -51,12 +51,12 @@ OPTIONS = {
 
 
 def samples(pipeline, count: int, seed: int, **settings) -> tuple[torch.Tensor, float]:
-    """Images (count, 3, H, W) in [0, 1], classes in turn, and the seconds they took."""
-    asked, parts, start = torch.arange(count) % len(pipeline.classes), [], time.perf_counter()
+    """Images (count, 3, H, W) in [0, 1], classes in turn, and the processor's seconds for them."""
+    asked, parts, start = torch.arange(count) % len(pipeline.classes), [], time.process_time()
     for i, part in enumerate(asked.split(250)):
         generator = torch.Generator().manual_seed(1_000_003 * seed + i)
         parts.append(pipeline.generate(part, generator=generator, **settings))
-    return torch.cat(parts), time.perf_counter() - start
+    return torch.cat(parts), time.process_time() - start
 
 
 def class_gaussian(images: torch.Tensor, labels: torch.Tensor, count: int) -> torch.Tensor:
@@ -92,7 +92,8 @@ def main() -> None:
         return reference.distance(features_of(network, images))
 
     result = {
-        "model": str(arguments.model), "defaults": asdict(pipeline.defaults), "samples": count,
+        "model": str(arguments.model), "steps": pipeline.card.get("steps"), "samples": count,
+        "defaults": asdict(pipeline.defaults),
         "features": reference.features_name, "train_count": reference.train_count,
         "threads": torch.get_num_threads(), "commit": commit(), "rows": {},
     }  # fmt: skip
@@ -105,7 +106,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     if path.exists():  # go on with what was begun with the same model and settings
         before = json.loads(path.read_text())
-        if all(before[key] == result[key] for key in ("model", "defaults", "samples")):
+        if all(before.get(key) == result[key] for key in ("model", "steps", "defaults", "samples")):
             result |= before
             rows = result["rows"]
     note("real test images", distance(real))
@@ -148,7 +149,7 @@ def draw(result: dict) -> None:
           for name, (value, floor) in result["default"].items()), "",
         f"The interval of the distance is {result['default_width']:.1f} wide (95%, bootstrap). "
         f"The autoencoder reaches {result.get('psnr', float('nan')):.1f} dB on test images.", "",
-        f"{result['samples']:,} samples each:", "", "| setting | distance | seconds |",
+        f"{result['samples']:,} samples each:", "", "| setting | distance | processor seconds |",
         "|---|---|---|",
         *(f"| {name} | {row['distance']:.1f} | "
           f"{'' if row['seconds'] is None else format(row['seconds'], '.0f')} |"

@@ -21,7 +21,7 @@ from mar_mini.mar import MAR
 from mar_mini.runs import Checkpoints, History, resumable
 from mar_mini.sampling import evaluating
 from mar_mini.training import Step, Training, train_mar, train_vae
-from mar_mini.vae import AutoencoderKL
+from mar_mini.vae import AutoencoderKL, latent_scale
 
 
 def train_pipeline(
@@ -101,7 +101,7 @@ def stages(config, images, labels, classes, seed, device, folder) -> Iterator[Pr
             yield Progress(AUTOENCODER, step)
         vae = training.ema.module.eval()
         latents, mirrored = encode(vae, images), encode(vae, images.flip(-1))
-        scale = 1.0 / float(latents.std())
+        scale = latent_scale(latents)
         latents, mirrored = latents * scale, mirrored * scale
         clip = float(latents.abs().max())
     mar = MAR(**asdict(config.mar)).to(device)
@@ -135,12 +135,17 @@ def recorded(
     moments/, grids/    at some shares of the MAR's budget: averaged and raw weights (bfloat16), and
                         samples of both, from the same seeds
     vae.safetensors     the autoencoder, as soon as it is trained
+
+    The card of the pipeline gets the losses of the last row.
     """
     history, stage = None, None
     while True:
         try:
             progress = next(run)
         except StopIteration as end:
+            if history is not None:
+                last, terms = history.rows[-1], ("loss", "mse", "vb")
+                end.value.card["losses"] = {name: round(last[name], 4) for name in terms}
             return end.value
         if progress.stage != stage:
             stage = progress.stage

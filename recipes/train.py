@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare machine h
 from mar_mini.configs import get_config
 from mar_mini.data import normalise
 from mar_mini.recipes import recorded, train_pipeline
-from mar_mini.runs import Interrupted
 from mar_mini.sources import open_images
 
 GO_ON = 75  # "temporary failure": a part has ended, the run has not
@@ -90,8 +89,8 @@ def main() -> int:
                 print(f"{share}, step {step.step}, {seconds}, {rate}, {terms}", flush=True)
     except StopIteration as end:
         pipeline = end.value
-    except Interrupted as interruption:
-        print(interruption, flush=True)
+    except KeyboardInterrupt as interruption:  # between two stages nobody says why
+        print(str(interruption) or "stopped; the same command goes on", flush=True)
         return GO_ON if arguments.part_minutes else 130
     pipeline.card.update(
         data=arguments.data, data_md5=images.checksum,

@@ -87,7 +87,7 @@ def test_samples_are_nearer_to_real_images_than_noise_and_the_wrong_class(pipeli
         reference.distance(features_of(network, x)) for x in (images, gaussian)
     )
     floor = reference.distance(reference.test[:300])
-    assert floor < samples and samples - floor < 0.75 * (blobs - floor), (samples, blobs, floor)
+    assert floor < samples and samples - floor < 0.6 * (blobs - floor), (samples, blobs, floor)
 
 
 def test_the_history_can_be_drawn():
@@ -98,9 +98,9 @@ def test_the_history_can_be_drawn():
     assert len(moments["moments"]) >= 10
     for row in moments["moments"]:
         assert row["average"] > moments["floor"] and row["raw"] > moments["floor"]
-        for kind in ("average", "raw"):
-            assert (FOLDER / "grids" / f"{kind}-{row['step']:07d}.png").is_file()
-    assert moments["moments"][-1]["average"] < 0.8 * moments["moments"][0]["average"]
+    assert moments["moments"][-1]["average"] < 0.5 * moments["moments"][0]["average"]
+    with Image.open(FOLDER / "growth.png") as growth:
+        assert growth.size == (32 * len(moments["moments"]), 8 * 32)
 
 
 def test_samples_ship_for_those_who_judge():

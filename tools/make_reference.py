@@ -1,11 +1,13 @@
 """Make data/reference/cifar10.safetensors: what samples of CIFAR-10 are compared with.
 
     mar-mini data cifar10 && python tools/make_reference.py
+    python tools/make_reference.py imagenette64 --out build/imagenette64.safetensors
 
-Mean and covariance of the features of all 50,000 training images, and the features themselves of
-10,000 of them and of the 10,000 test images, as float16. About two minutes on two cores.
+Mean and covariance of the features of all training images, and the features themselves of 10,000
+of them at most and of the test images, as float16. About two minutes on two cores for CIFAR-10.
 """
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -20,9 +22,13 @@ OUT = Path(__file__).resolve().parents[1] / "data" / "reference" / "cifar10.safe
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", nargs="?", default="cifar10", help="as `mar-mini train --data`")
+    parser.add_argument("--out", type=Path, default=OUT)
+    arguments = parser.parse_args()
     network, features, labels = load_features(), {}, {}
     for split in ("train", "test"):
-        opened = open_images("cifar10", split)
+        opened = open_images(arguments.data, split)
         images, labels[split] = opened.images, opened.labels
         features[split] = torch.cat([
             features_of(network, denormalise(normalise(part)))
@@ -30,11 +36,11 @@ def main() -> None:
         ])  # fmt: skip
     train = features["train"].double()
     some = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:10_000]
-    OUT.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     Reference(
         network.name, train.mean(0), torch.cov(train.T), features["train"][some], features["test"],
         labels["train"][some], labels["test"], len(train),
-    ).save(OUT)  # fmt: skip
+    ).save(arguments.out)  # fmt: skip
 
 
 if __name__ == "__main__":
