@@ -283,6 +283,7 @@ def sample(
     model: Annotated[str, tyro.conf.Positional],
     labels: tuple[int, ...] = (),
     out: Path = Path("samples.png"),
+    filmstrip: Path | None = None,
     num_iter: int | None = None,
     num_sampling_steps: int | None = None,
     cfg: float | None = None,
@@ -297,6 +298,7 @@ def sample(
         model: bundled model, or a folder that `train` wrote.
         labels: one class an image; all classes once by default.
         out: the PNG.
+        filmstrip: another PNG: the first of them, growing token by token.
         num_iter: autoregressive steps; this and the next three are the model's defaults if left
             out.
         num_sampling_steps: diffusion steps.
@@ -311,7 +313,7 @@ def sample(
 
     from mar_mini.checkpoints import load_pretrained
     from mar_mini.sampling import FAST
-    from mar_mini.viz.figures import image_grid, save_figure
+    from mar_mini.viz import figures
 
     pipeline = load_pretrained(model)
     given = {
@@ -322,13 +324,17 @@ def sample(
     settings = {**(FAST if fast else {}), **given}
     chosen = list(labels) or list(range(len(pipeline.classes)))
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(len(chosen))]
-    frames = pipeline.sample(chosen, order=order, generator=generators, **settings)
+    steps = pipeline.sample(chosen, order=order, generator=generators, **settings)
     total = num_iter or pipeline.defaults.num_iter
-    for frame in tqdm(frames, total=total, desc="sampling", unit="step"):
-        images = frame.images() if not frame.mask.any() else None
+    frames = list(tqdm(steps, total=total, desc="sampling", unit="step"))
+    images = frames[-1].images()
     titles = [pipeline.classes[label] for label in chosen]
-    save_figure(image_grid(images, columns=min(8, len(images)), titles=titles), out)
+    columns = min(8, len(images))
+    figures.save_figure(figures.image_grid(images, columns=columns, titles=titles), out)
     print(f"wrote {out}: {', '.join(titles)}")
+    if filmstrip is not None:
+        figures.save_figure(figures.filmstrip(frames), filmstrip)
+        print(f"wrote {filmstrip}: {titles[0]}, step by step")
     return 0
 
 

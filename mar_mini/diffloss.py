@@ -96,6 +96,7 @@ class SimpleMLPAdaLN(nn.Module):
     out_channels     2C: noise, then the variance's v
     z_channels       D, width of z
     num_res_blocks   depth
+    block            what to build the blocks from: anything called like `ResBlock`
     """
 
     def __init__(
@@ -106,13 +107,15 @@ class SimpleMLPAdaLN(nn.Module):
         z_channels: int,
         num_res_blocks: int,
         grad_checkpointing: bool = False,
+        *,
+        block: Callable[[int], nn.Module] = ResBlock,
     ):
         super().__init__()
         self.grad_checkpointing = grad_checkpointing
         self.time_embed = TimestepEmbedder(model_channels)
         self.cond_embed = nn.Linear(z_channels, model_channels)
         self.input_proj = nn.Linear(in_channels, model_channels)
-        self.res_blocks = nn.ModuleList(ResBlock(model_channels) for _ in range(num_res_blocks))
+        self.res_blocks = nn.ModuleList(block(model_channels) for _ in range(num_res_blocks))
         self.final_layer = FinalLayer(model_channels, out_channels)
         self.reset_parameters()
 
@@ -206,6 +209,7 @@ class DiffLoss(Head):
     z_channels          D, width of z
     depth, width        of the denoising MLP
     num_sampling_steps  default number of diffusion steps while sampling
+    block               what to build the MLP from: anything called like `ResBlock`
     """
 
     def __init__(
@@ -216,13 +220,16 @@ class DiffLoss(Head):
         width: int,
         num_sampling_steps: int = 100,
         grad_checkpointing: bool = False,
+        *,
+        block: Callable[[int], nn.Module] = ResBlock,
     ):
         super().__init__()
         self.target_channels = target_channels
         self.num_sampling_steps = num_sampling_steps
         self.net = SimpleMLPAdaLN(
-            target_channels, width, 2 * target_channels, z_channels, depth, grad_checkpointing
-        )
+            target_channels, width, 2 * target_channels, z_channels, depth, grad_checkpointing,
+            block=block,
+        )  # fmt: skip
         self.diffusion = Diffusion()
         Diffusion(num_sampling_steps)  # refuses an impossible number now, not when sampling
 

@@ -188,11 +188,9 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         wanted   (B, L) bool, True = z is needed there, the same number in each row; all if None
         returns  z (B, M, E) of the M wanted places, positions ascending: the head's condition
         """
-        known = masking.positions(~mask, "known")[..., None]                # (B, K, 1)
         x = self.decoder_embed(x)                                           # (B, S, E)
         buffer, x = x[:, : self.buffer_size], x[:, self.buffer_size :]
-        full = self.mask_token.to(x.dtype).repeat(*mask.shape, 1)           # (B, L, E)
-        full = full.scatter(1, known.expand_as(x), x)                       # (B, L, E)
+        full = masking.restore(x, mask, self.mask_token)                    # (B, L, E)
         x = torch.cat([buffer, full], dim=1) + self.decoder_pos_embed_learned
         if wanted is None:
             wanted = torch.ones_like(mask)
@@ -256,7 +254,7 @@ class MAR(nn.Module, PyTorchModelHubMixin):
             labels = self.drop_labels(labels, generator)
         x = self.forward_encoder(target, mask, labels)                      # (B, S, D)
         z = self.forward_decoder(x, mask, wanted=mask)                      # (B, M, E)
-        target = take(target, masking.positions(mask, "masked"))            # (B, M, C)
+        target = masking.keep(target, mask, "masked")                       # (B, M, C)
         t, noise = (self.masked_rows(name, x, mask) for name, x in (("t", t), ("noise", noise)))
         head = self.diffloss.terms if return_terms else self.diffloss
         return head(

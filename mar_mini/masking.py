@@ -10,10 +10,11 @@ from fractions import Fraction
 from itertools import pairwise
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mar_mini.choice import choose
+from mar_mini.tokens import take
 
 Order = Callable[[int, int, int, torch.Generator | None], Tensor]
 
@@ -172,6 +173,32 @@ def positions(chosen: Bool[Tensor, "B L"], what: str = "chosen") -> Int[Tensor, 
             f"{int(counts[row])}; expected the same number in each row of a batch, so split it"
         )
     return chosen.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+
+
+def keep(
+    x: Float[Tensor, "B L D"], chosen: Bool[Tensor, "B L"], what: str = "chosen"
+) -> Float[Tensor, "B K D"]:
+    """The chosen tokens of each row, in the order of their places.
+
+    x        (B, L, D) float
+    chosen   bool (B, L), True = keep, the same number K in each row
+    what     the word for them in the message of the ValueError, if the numbers differ
+    """
+    return take(x, positions(chosen, what))
+
+
+def restore(
+    x: Float[Tensor, "B K D"], mask: Bool[Tensor, "B L"], mask_token: Float[Tensor, "1 1 D"]
+) -> Float[Tensor, "B L D"]:
+    """Known tokens back in their places, the mask token at all others.
+
+    x           (B, K, D) the known tokens, ascending places
+    mask        bool (B, L), True = masked, K False ones in each row; else ValueError
+    mask_token  (1, 1, D)
+    """
+    known = positions(~mask, "known")[..., None]                            # (B, K, 1)
+    full = mask_token.to(x.dtype).repeat(*mask.shape, 1)                    # (B, L, D)
+    return full.scatter(1, known.expand_as(x), x)                           # (B, L, D)
 
 
 def sample_mask_ratio(

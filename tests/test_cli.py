@@ -23,12 +23,15 @@ def test_train_then_sample(tmp_path):
     with Image.open(tmp_path / "model" / "samples.png") as grid:
         assert grid.width == 700
     done = run(
-        "sample", tmp_path / "model", "--labels", 3, 1, 4, "--out", tmp_path / "deep" / "grid.png"
-    )
+        "sample", tmp_path / "model", "--labels", 3, 1, 4, "--out", tmp_path / "deep" / "grid.png",
+        "--num-iter", 4, "--filmstrip", tmp_path / "strip.png",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "3, 1, 4" in done.stdout
-    with Image.open(tmp_path / "deep" / "grid.png") as grid:
-        assert grid.format == "PNG"
+    assert "3, 1, 4" in done.stdout and "strip.png: 3, step by step" in done.stdout
+    with Image.open(tmp_path / "deep" / "grid.png") as grid, \
+            Image.open(tmp_path / "strip.png") as strip:  # fmt: skip
+        assert grid.format == strip.format == "PNG"
+        assert (grid.width, strip.width) == (420, 350)  # a fifth of 700 each, an eighth each
 
 
 def test_the_autoencoder_alone(tmp_path):

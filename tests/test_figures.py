@@ -60,6 +60,7 @@ def test_every_figure_has_alternative_text_and_is_small(frames):
         fig.token_states([torch.ones(16, dtype=torch.bool)], 4, 4),
         fig.bars({"steps": [1, 2, 3]}, xlabel="step", ylabel="tokens"),
         fig.curves({"loss": ([1, 2], [3, 4])}, xlabel="step", ylabel="loss"),
+        fig.error_bars([{"label": "patch 4", "seeds": [1, 2]}], xlabel="size", ylabel="distance"),
     ]
     for figure in figures:
         assert len(figure.get_label()) > 10
@@ -72,6 +73,18 @@ def test_filmstrip_keeps_the_first_and_the_last_frame(frames):
     titles = [ax.get_title() for ax in fig.filmstrip(frames, columns=5).axes]
     steps = [title for title in titles if title]
     assert steps[0] == "step 1" and steps[-1] == "step 16" and len(steps) == 5
+    few = [ax.get_title() for ax in fig.filmstrip(frames[:3], columns=8).axes]
+    assert [title for title in few if title] == ["step 1", "step 2", "step 3"]
+
+
+def test_error_bars_show_mean_and_spread_of_the_seeds():
+    rows = [{"label": "one", "seeds": [1.0, 3.0]}, {"label": "two", "seeds": [5.0]}]
+    (axes,) = fig.error_bars(rows, xlabel="runs", ylabel="distance", floor=0.5).axes
+    ((bar,), none) = ([lines.get_segments()[0] for lines in c[2]] for c in axes.containers)
+    assert np.allclose(bar[:, 1], [2 - 2**0.5, 2 + 2**0.5]) and not none
+    assert [c[0].get_ydata()[0] for c in axes.containers] == [2, 5]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["one", "two"]
+    assert fig.TARGET in colours(axes.figure)
 
 
 def test_save_figure_leaves_the_old_file_if_drawing_fails(tmp_path, monkeypatch):
@@ -82,3 +95,13 @@ def test_save_figure_leaves_the_old_file_if_drawing_fails(tmp_path, monkeypatch)
         fig.save_figure(fig.new_figure(2, "another"), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_attention_shows_who_asks_what_is_known_and_the_heaviest_weight():
+    mask = masking.mask_by_order(masking.spiral(4, 4, 1), 8)[0]
+    weights = torch.zeros(18)
+    weights[0] = 1.0  # a buffer token gets all
+    figure = fig.attention(torch.zeros(1, 16, 16), mask, 6, {"block 1": weights}, 4, 4)
+    assert {fig.PREDICTED, fig.TARGET, fig.MASKED} <= colours(figure)
+    assert [text.get_text() for text in figure.axes[1].texts] == ["100"] + ["0"] * 17
+    assert figure.get_label() == "Attention weights of token 6: block 1"

@@ -7,14 +7,16 @@ nothing is drawn until `show` (in a notebook) or `save_figure`.
 import base64
 import html
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
@@ -130,8 +132,8 @@ def filmstrip(frames: Sequence, row: int = 0, *, columns: int = 8, alt: str = ""
             more than `columns` some are left out, never the last
     row     which image of the batch
     """
-    last = len(frames) - 1
-    picked = sorted({round(i * last / max(1, columns - 1)) for i in range(min(columns, last + 1))})
+    last, shown = len(frames) - 1, min(columns, len(frames))
+    picked = [round(i * last / max(1, shown - 1)) for i in range(shown)]
     cell = WIDTH / columns
     figure = new_figure(2.45 * cell, alt or f"An image growing in {len(frames)} steps, "
                         "and which of its tokens are known", width=cell * len(picked))  # fmt: skip
@@ -247,3 +249,121 @@ def curves(
     if len(lines) > 1:
         axes.legend(frameon=False)
     return figure
+
+
+def error_bars(
+    rows: list[dict], *, key: str = "seeds", xlabel: str, ylabel: str, floor: float | None = None,
+    alt: str = "",
+) -> Figure:  # fmt: skip
+    """Runs of an experiment, side by side: a dot for each seed, their mean and its spread.
+
+    rows    each with a `label` and, under `key`, a number for each seed; the bar is one standard
+            deviation of these to either side, left out for a single one
+    floor   what the best possible run would reach, as a dashed line
+    """
+    figure = new_figure(2.8, alt or f"{ylabel} with error bars for {xlabel}: "
+                        + ", ".join(row["label"] for row in rows))  # fmt: skip
+    axes = figure.subplots()
+    for x, row in enumerate(rows):
+        values = np.asarray(row[key], dtype=float)
+        spread = values.std(ddof=1) if len(values) > 1 else None
+        axes.scatter(np.full(len(values), x + 0.12), values, s=12, color=PREDICTED)
+        axes.errorbar(x, values.mean(), spread, fmt="o", color=KNOWN, capsize=4)
+    width = max(8, 84 // max(1, len(rows)))  # characters that fit under a point
+    parts = [row["label"].replace(": ", ":\n").split("\n") for row in rows]
+    labels = ["\n".join(textwrap.fill(part, width) for part in lines) for lines in parts]
+    axes.set_xticks(range(len(rows)), labels, fontsize=8)
+    axes.set(xlabel=xlabel, ylabel=ylabel, xlim=(-0.5, len(rows) - 0.5))
+    if floor is not None:
+        axes.axhline(floor, color=TARGET, linestyle="--", linewidth=1, label="floor")
+        axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def planes(
+    points: dict[str, Float[Tensor, "N 2"]], *, limit: float = 1.1, columns: int | None = None,
+    density: Tensor | None = None, arrows: dict[str, Float[Tensor, "N 2"]] | None = None,
+    alt: str = "",
+) -> Figure:  # fmt: skip
+    """Points (x, y) in named panels of -limit to limit, over a density, with arrows from them.
+
+    density  (H, W), the target under every panel, rows from bottom to top; or (P, H, W), one for
+             each panel
+    columns  panels in a row, all of them by default
+    """
+    columns = min(columns or len(points), len(points))
+    rows, cell = -(-len(points) // columns), WIDTH / max(columns, 3)
+    figure = new_figure(
+        1.12 * cell * rows, alt or f"Points in the plane: {', '.join(points)}", width=cell * columns
+    )
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for spare in axes[len(points):]:
+        spare.axis("off")
+    green = LinearSegmentedColormap.from_list("target", ["white", TARGET])
+    for i, (ax, (name, xy)) in enumerate(zip(axes, points.items(), strict=False)):
+        if density is not None:
+            shade = (density[i] if density.ndim == 3 else density).cpu().numpy()
+            ax.imshow(shade, cmap=green, origin="lower", extent=(-limit, limit) * 2)
+        x, y = xy.detach().cpu().numpy().T
+        if arrows and name in arrows:
+            u, v = arrows[name].detach().cpu().numpy().T
+            ax.quiver(x, y, u, v, color=KNOWN, angles="xy", width=0.008)
+        else:
+            alone = len(xy) <= 2
+            ax.scatter(x, y, s=60 if alone else 3, marker="X" if alone else "o", color=PREDICTED,
+                       alpha=1 if alone else 0.5, linewidths=0)  # fmt: skip
+        ax.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
+        ax.set_title(name, fontsize=9)
+    return figure
+
+
+def attention(
+    image: Float[Tensor, "C H W"], mask: Bool[Tensor, " L"], asks: int,
+    maps: dict[str, Float[Tensor, " N"]], height: int, width: int, *, alt: str = "",
+) -> Figure:  # fmt: skip
+    """Where one masked token looks: the picture as it is known, then a map for each name.
+
+    asks    the place of the token that looks
+    maps    weights that sum to 1, of the buffer tokens (drawn above the grid) and the L places
+    """
+    cell = WIDTH / max(len(maps) + 1, 4)
+    buffers = len(next(iter(maps.values()))) - height * width
+    above = -(-buffers // width)
+    figure = new_figure(
+        cell * (1 + above / height) + 0.3, alt or f"Attention weights of token {asks}: "
+        f"{', '.join(maps)}", width=cell * (len(maps) + 1),
+    )  # fmt: skip
+    first, *axes = figure.subplots(1, len(maps) + 1)
+    patch = (image.shape[1] // height, image.shape[2] // width)
+    hidden = mask.reshape(height, width).repeat_interleave(patch[0], 0)
+    draw_image(first, torch.where(hidden.repeat_interleave(patch[1], 1), 0.85, image))
+    outline(first, asks // width * patch[0], asks % width * patch[1], *patch, PREDICTED)
+    first.set_title("orange asks", fontsize=9)
+    top = max(float(weights.max()) for weights in maps.values())
+    for ax, (name, weights) in zip(axes, maps.items(), strict=True):
+        field = torch.full((above + height, width), torch.nan)
+        field.view(-1)[:buffers] = weights[:buffers]
+        field[above:] = weights[buffers:].reshape(height, width)
+        ax.imshow(field.numpy(), cmap="cividis", vmin=0, vmax=top)
+        for y, x in (~field.isnan()).nonzero().tolist():
+            value = float(field[y, x])
+            ax.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=7,
+                    color="black" if value > 0.6 * top else "white")  # fmt: skip
+        outline(ax, above + asks // width, asks % width, 1, 1, PREDICTED)
+        for known in (~mask).nonzero().flatten().tolist():
+            outline(ax, above + known // width, known % width, 1, 1, TARGET)
+        ax.axhline(above - 0.5, color="white", linewidth=3)
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(name, fontsize=9)
+        ax.spines[:].set_visible(False)
+    return figure
+
+
+def outline(axes, y: int, x: int, height: int, width: int, colour: str) -> None:
+    """A frame around some fields or pixels of a picture."""
+    inside = 0.06 * width
+    axes.add_patch(Rectangle(
+        (x - 0.5 + inside, y - 0.5 + inside), width - 2 * inside, height - 2 * inside,
+        fill=False, edgecolor=colour, linewidth=2,
+    ))  # fmt: skip
