@@ -4,7 +4,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup course lab lab-reset test test-fast notebooks bench clean
+.PHONY: help setup course lab lab-reset test test-fast notebooks bench ablations claims clean
 
 help: ## what there is to make
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,12 @@ notebooks: $(STAMP) ## build notebooks/ from notebooks/src/
 
 bench: $(STAMP) ## how fast it is, against the computation as published (half an hour, idle machine)
 	$(PY) benchmarks/speed.py
+
+ablations: $(STAMP) ## what the choices are worth: 57 small trainings (40 minutes; goes on if stopped)
+	$(PY) benchmarks/ablations.py
+
+claims: $(STAMP) ## does every claim of the chapters hold for seeds 0 to 4? (the course five times)
+	$(PY) tools/claims.py
 
 clean: ## remove what was built (never my/)
 	rm -rf build .pytest_cache .ruff_cache .hypothesis

@@ -2,7 +2,9 @@
 
 import base64
 import importlib.util
+import re
 import shutil
+import statistics
 from pathlib import Path
 
 import nbformat
@@ -289,3 +291,39 @@ def test_stored_outputs_show_no_machine_path_and_no_live_widget():
 
 def test_the_committed_notebooks_match_their_sources(capsys):
     assert tool.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_copies_for_colab_install_first_and_change_nothing_else(built, capsys):
+    url = "https://example.org/a name/mar_mini.git"
+    assert tool.main(["--colab", url], repo=built) == 0
+    assert capsys.readouterr().out == "build/colab/06_double.ipynb\n"
+    copy = nbformat.read(built / "build/colab/06_double.ipynb", as_version=4)
+    install, *cells = copy.cells
+    assert f"git clone -q --depth 1 '{url}' /content/mar_mini" in install.source
+    assert "%pip install" in install.source
+    learner = make(SOURCE)
+    assert [(c.cell_type, c.source) for c in cells] == [
+        (c.cell_type, c.source) for c in learner.cells
+    ]
+    for chapter in (built / "notebooks").glob("*.ipynb"):
+        assert "%pip" not in chapter.read_text()
+
+
+CHAPTERS = sorted((REPO / "notebooks" / "src").glob("[0-9][0-9]_*.py"))
+
+
+@pytest.mark.parametrize("source", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_is_short_and_its_cells_too(source):
+    notebook = tool.make_notebook(source.read_text(), source.stem, solutions=False)
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    text = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    lengths = [sum(bool(line.strip()) for line in cell.split("\n")) for cell in code]
+    assert len(notebook.cells) <= 50
+    assert statistics.median(lengths) <= 8
+    assert len(" ".join(text).split()) <= 2500
+    if not source.stem.startswith("00"):  # the tour has no exercises
+        assert len(notebook.cells) >= 30
+        cards = re.findall(r"(?m)^> \*\*Exercise \d\*\*.*minutes\n((?:>.*\n?)*)", "\n".join(text))
+        assert len(cards) >= 3
+        assert all(re.search(r"> \w|> `", card) for card in cards), "say what is to be done"
+    assert not any("# fmt:" in cell for cell in code), "no word of a formatter to a learner"

@@ -2,11 +2,13 @@
 
     python tools/build_notebooks.py [CHAPTER ...]   build all chapters, or `06`, or `06_masking`
     python tools/build_notebooks.py --check         do the committed notebooks match their sources?
+    python tools/build_notebooks.py --colab URL     copies for Colab, in build/colab
 
 Each source gives the learner's notebook, executed, and `solutions/NN_stem.ipynb`, without outputs.
 In a code cell the lines between `# BEGIN SOLUTION about 3 lines` and `# END SOLUTION` are the
 solution; the learner sees `raise NotImplementedError  # about 3 lines`. In a markdown cell the line
-`{{solution NAME}}` becomes NAME's solution, folded.
+`{{solution NAME}}` becomes NAME's solution, folded. A copy for Colab begins with a cell that gets
+the course from the repository at URL.
 """
 
 import argparse
@@ -14,9 +16,11 @@ import ast
 import base64
 import os
 import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 
 import jupytext
@@ -27,10 +31,18 @@ from mar_mini.course import CellFailed, execute, pick_chapters
 
 REPO = Path(__file__).resolve().parent.parent
 MARKER = re.compile(r"(\s*)#\s*(BEGIN|END)\s+SOLUTION\b:?\s*(.*?)\s*$", re.IGNORECASE)
+FORMATTER = re.compile(r"  # fmt: skip$", re.MULTILINE)  # no word to a learner
 FOLDED = re.compile(r"^[ \t]*\{\{ *solution\b *(.*?) *\}\}[ \t]*$", re.MULTILINE)
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PICTURE_LIMIT = 80 * 1024  # bytes
 MACHINE_PATHS = (f"{REPO}{os.sep}", f"{os.sep}site-packages{os.sep}", f"{os.sep}ipykernel_")
+INSTALL = """\
+# on Colab: the course, and what it needs beside the torch that is there
+!git clone -q --depth 1 {repository} /content/mar_mini
+%pip install -q -e /content/mar_mini
+import sys
+
+sys.path.insert(0, "/content/mar_mini")  # an installed package is found after a restart only"""
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -110,7 +122,7 @@ def make_notebook(text: str, stem: str, *, solutions: bool, where: str = "source
         cell.id = f"{stem}-{index:03d}"
         keep = {key: cell.metadata[key] for key in ("jupyter", "tags") if key in cell.metadata}
         cell.metadata = nbformat.from_dict(keep)
-        cell.source = cell.source.strip("\n")
+        cell.source = FORMATTER.sub("", cell.source.strip("\n"))
         if cell.cell_type == "markdown":
             cell.source = FOLDED.sub(fold, cell.source)
     nbformat.validate(notebook)
@@ -206,11 +218,30 @@ def build(repo: Path, stem: str, *, run: bool = True) -> None:
         os.replace(whole, path)
 
 
+def colab_copy(learner: NotebookNode, repository: str) -> NotebookNode:
+    """The learner's notebook, not executed, with a first cell that installs the course on Colab."""
+    notebook = deepcopy(learner)
+    code = INSTALL.format(repository=shlex.quote(repository))
+    cell = nbformat.v4.new_code_cell(code, id="install", metadata={"tags": ["colab"]})
+    notebook.cells.insert(0, cell)
+    return notebook
+
+
+def build_for_colab(repo: Path, stem: str, repository: str) -> Path:
+    """Write a chapter's copy for Colab to build/colab."""
+    (_, learner), _ = both_notebooks(repo, stem)
+    path = repo / "build" / "colab" / f"{stem}.ipynb"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(nbformat.writes(colab_copy(learner, repository)) + "\n", "utf-8")
+    return path
+
+
 def main(arguments: list[str] | None = None, repo: Path = REPO) -> int:
     """Build or check; return the exit status."""
     parser = argparse.ArgumentParser(description="Build the notebooks from notebooks/src.")
     parser.add_argument("chapters", nargs="*", metavar="CHAPTER", help="06 or 06_masking; all")
     parser.add_argument("--check", action="store_true", help="only compare; 1 on a mismatch")
+    parser.add_argument("--colab", metavar="URL", help="copies that install the course from there")
     parser.add_argument("--no-execute", action="store_true", help="learner's without outputs")
     options = parser.parse_args(arguments)
     folder = repo / "notebooks"
@@ -221,6 +252,8 @@ def main(arguments: list[str] | None = None, repo: Path = REPO) -> int:
         for stem in stems:
             if options.check:
                 failures += faults(repo, stem)
+            elif options.colab:
+                print(build_for_colab(repo, stem, options.colab).relative_to(repo))
             else:
                 print(f"{stem} ...", flush=True)
                 build(repo, stem, run=not options.no_execute)

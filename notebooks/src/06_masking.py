@@ -160,6 +160,8 @@ fig.show(
 
 # %% [markdown]
 # > **Exercise 2** · difficulty 2 of 3 · importance 3 of 3 · 12 minutes
+# >
+# > How many tokens does each step predict? The rule above, as a list.
 
 # %%
 def tokens_per_step(length: int, num_iter: int) -> list[int]:
