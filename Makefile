@@ -4,7 +4,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup course lab lab-reset test test-fast notebooks bench ablations claims clean
+.PHONY: help setup course lab lab-reset app test test-fast notebooks bench ablations claims clean
 
 help: ## what there is to make
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ lab: $(STAMP) ## open the course in JupyterLab; your copies are in my/
 lab-reset: $(STAMP) ## a fresh copy of one chapter: make lab-reset CHAPTER=06
 	@test -n "$(CHAPTER)" || { echo "say which chapter: make lab-reset CHAPTER=06"; exit 2; }
 	$(PY) -m mar_mini lab-reset $(CHAPTER)
+
+app: $(STAMP) ## the widgets as one page, for a class or visitors
+	$(PY) -m mar_mini app
 
 test: $(STAMP) ## the whole test suite
 	$(PY) -m mar_mini test

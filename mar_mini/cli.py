@@ -52,6 +52,30 @@ def lab_reset(chapter: tyro.conf.Positional[str]) -> int:
     return 0
 
 
+def app(
+    arguments: tyro.conf.Positional[tuple[str, ...]] = (),
+    ip: str = "127.0.0.1",
+    port: int = 8866,
+    token: bool = True,
+    theme: Literal["light", "dark"] = "light",
+) -> int:
+    """Serve the three widgets as one page, for a class or visitors.
+
+    Args:
+        arguments: further ones of Voila, behind a `--`.
+        ip: 0.0.0.0 serves every machine that can reach this one.
+        port: of the page.
+        token: only those who know the printed address may open it.
+        theme: of the page.
+    """
+    from mar_mini.viz.app import serve
+
+    return serve(
+        REPO / "build" / "app.ipynb", ip=ip, port=port, token=token, theme=theme,
+        arguments=arguments,
+    )  # fmt: skip
+
+
 def test(fast: bool = False) -> int:
     """Run style checks, notebooks and tests; --fast leaves out what takes long."""
     python = [sys.executable, "-m"]
@@ -341,9 +365,8 @@ def sample(
 def main() -> None:
     """Run one command; a message instead of a traceback for input that cannot be right."""
     commands = {
-        "course": course, "lab": lab, "lab-reset": lab_reset, "test": test, "train": train,
-        "sample": sample, "data": data, "doctor": doctor,
-        "evaluate": evaluate,
+        "course": course, "lab": lab, "lab-reset": lab_reset, "app": app, "test": test,
+        "train": train, "sample": sample, "data": data, "doctor": doctor, "evaluate": evaluate,
     }  # fmt: skip
     try:
         status = tyro.extras.subcommand_cli_from_dict(commands, prog="mar-mini")

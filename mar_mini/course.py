@@ -7,14 +7,16 @@
 import base64
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+JUPYTER = Path(__file__).parent / "viz" / "jupyter"  # a page template, and settings
 SAMPLE_TAG = "sample-grid"
 CELL_TIMEOUT = 1800  # seconds; well above any budget, so that only a hanging cell meets it
 BUDGETS = {  # seconds on a laptop's CPU, by chapter number
@@ -181,13 +183,29 @@ def open_lab(repo: Path, arguments: Iterable[str] = ()) -> int:
     Ctrl-C goes to JupyterLab, which asks before it stops.
     """
     copy_to_my(repo)
-    command = [sys.executable, "-m", "jupyterlab", "--notebook-dir", str(repo / "my")]
-    process = subprocess.Popen([*command, *arguments], cwd=repo)
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue  # the same Ctrl-C reached JupyterLab; it decides
+    return run_jupyter(["jupyterlab", "--notebook-dir", str(repo / "my"), *arguments], repo)
+
+
+def run_jupyter(command: Sequence[str], folder: Path) -> int:
+    """Run a Jupyter program in a folder until it ends; return its exit status.
+
+    It finds the course's page template and settings (no pop-up that asks for news). Ctrl-C reaches
+    it directly, and it decides; SIGTERM ends both.
+    """
+    environment = dict(os.environ)
+    for variable in ("JUPYTER_PATH", "JUPYTER_CONFIG_PATH"):
+        paths = [str(JUPYTER), environment.get(variable)]
+        environment[variable] = os.pathsep.join(filter(None, paths))
+    process = subprocess.Popen([sys.executable, "-m", *command], cwd=folder, env=environment)
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue  # the same Ctrl-C reached the program
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _chapter_files(folder: Path) -> list[Path]:

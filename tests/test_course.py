@@ -4,6 +4,7 @@ import base64
 import errno
 import os
 import subprocess
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -156,8 +157,8 @@ def test_the_lab_opens_on_my_and_outlives_ctrl_c(repo, monkeypatch):
     started = []
 
     class Lab:
-        def __init__(self, command, cwd):
-            started.append((command, cwd))
+        def __init__(self, command, cwd, env):
+            started.append((command, cwd, env))
             self.answers = [KeyboardInterrupt, 7]
 
         def wait(self):
@@ -168,8 +169,10 @@ def test_the_lab_opens_on_my_and_outlives_ctrl_c(repo, monkeypatch):
 
     monkeypatch.setattr(subprocess, "Popen", Lab)
     assert course.open_lab(repo, ["--no-browser"]) == 7
-    ((command, cwd),) = started
+    ((command, cwd, environment),) = started
     assert command[1:] == [
         "-m", "jupyterlab", "--notebook-dir", str(repo / "my"), "--no-browser",
     ]  # fmt: skip
     assert cwd == repo and (repo / "my" / "01_draw.ipynb").exists()
+    settings = Path(environment["JUPYTER_CONFIG_PATH"].split(os.pathsep)[0]) / "labconfig"
+    assert "fetchNews" in (settings / "default_setting_overrides.json").read_text()
