@@ -149,12 +149,10 @@ class Inpainter(GenerationTheatre):
             self.take(image if self.shape[0] == 3 else image.mean(0, keepdim=True))
 
     def _generate_one(self) -> None:
+        """A picture that the model makes, to be painted on when it is finished."""
         with self.complaints():
-            generator = torch.Generator().manual_seed(self._seed.value)
-            *_, last = self.pipeline.sample(
-                [self._label.value], generator=generator, **self.settings()
-            )
-            self.take(last.images()[0], last.tokens)
+            self._generation.stop()
+            self._fill([True] * self.pipeline.mar.seq_len, becomes_picture=True)
 
     def _go_on(self) -> None:
         if self.frames and not self._generation.running:
@@ -202,21 +200,24 @@ class Inpainter(GenerationTheatre):
         """Generate what was painted, with the settings of the controls."""
         with self.complaints():
             self._generation.stop()
-            mask = self.mask
-            if not mask.any():
+            if not any(self.canvas.mask):
                 raise ValueError("nothing is painted yet: brush over the tokens to be replaced")
-            settings = self.settings()
-            settings["num_iter"] = min(settings["num_iter"], int(mask.sum()))
-            self._hole = mask[0]
-            if mask.all():
-                self._begin(self._label.value, settings, self._seed.value)
-            else:
-                self._begin(
-                    self._label.value, settings, self._seed.value, tokens=self.tokens, known=~mask
-                )
-            self.canvas.show_picture(self.image, 0)
-            self._keep.disabled = True
+            self._fill(self.canvas.mask)
+
+    def _fill(self, hole: list[bool], becomes_picture: bool = False) -> None:
+        self._hole, self._becomes_picture = torch.tensor(hole), becomes_picture
+        known = {} if all(hole) else {"tokens": self.tokens, "known": ~self._hole[None]}
+        settings = self.settings()
+        settings["num_iter"] = min(settings["num_iter"], sum(hole))
+        self._keep.disabled = True
+        self._begin(self._label.value, settings, self._seed.value, **known)
+        self.canvas.show_picture(self.image, 0)
 
     def _on_end(self, reason: str) -> None:
         super()._on_end(reason)
-        self._keep.disabled = bool(reason)
+        if reason:
+            return
+        if self._becomes_picture:
+            self.take(self.result, self.frames[-1].tokens)
+        else:
+            self._keep.disabled = False

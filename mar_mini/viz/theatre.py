@@ -71,6 +71,7 @@ class GenerationTheatre(Panel):
     """
 
     label = "Generation"
+    _generation: "Generation | None" = None  # until there is one: `close` is called in any case
 
     def __init__(
         self, pipeline: Pipeline | str = "cifar10", label: int = 0, *, seed: int = 0,
@@ -168,7 +169,8 @@ class GenerationTheatre(Panel):
 
     def close(self) -> None:
         """Remove the widget from every page; ends its generation."""
-        self._generation.stop()
+        if self._generation is not None:
+            self._generation.stop()
         super().close()
 
     def _line(self, settings: dict, seed: int, label: int) -> str:
