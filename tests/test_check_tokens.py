@@ -36,6 +36,8 @@ def stretched(images):
         (lambda images: images / 255 - 0.5, "runs from -0.5 to 0.5"),
         (lambda images: images * 2 / 255 - 1, "still uint8"),
         (lambda images: (images * 2 - 255) / 255, "still uint8"),
+        (lambda images: (images - 128) / 127.5, "subtracts while .* 0 - 128 is 128"),
+        (lambda images: (images - 127).float() / 128, "subtracts while .* 0 - 127 is 129"),
         (lambda images: 2 * images.float() / images.max() - 1, "largest of these pixels"),
         (standardised, "spread of these images"),
         (stretched, "stretches each image"),
@@ -65,6 +67,8 @@ def in_place(x):
         (lambda x: x.clamp(0, 1), "clamps without scaling"),
         (lambda x: (x + 1).clamp(0, 1), "not halved"),
         (lambda x: (x + 0.5).clamp(0, 1), "shifted without being halved"),
+        (lambda x: (x / 2 + 1).clamp(0, 1), "halved before it is shifted"),
+        (lambda x: x / 2 + 1, "halved before it is shifted"),  # nor clamped
         (lambda x: x.sigmoid(), "sigmoid"),
         (lambda x: (x - x.min()) / (x.max() - x.min()), "stretches"),
         (lambda x: ((x + 1) * 127.5).clamp(0, 255), "runs to 255"),
@@ -76,11 +80,30 @@ def test_denormalise(wrong, message):
         check.denormalise(wrong)
 
 
-def cut(pattern):
+ONTO = "b c (h p) (w q) -> b (h w) (c p q)"
+BACK = "b (h w) (c p q) -> b c (h p) (w q)"
+
+
+def cut(pattern, names="pq", **sizes):
     def patchify(latents, patch_size):
-        return rearrange(latents, pattern, p=patch_size, q=patch_size)
+        return rearrange(latents, pattern, **(dict.fromkeys(names, patch_size) | sizes))
 
     return patchify
+
+
+def square_only(latents, patch_size):
+    side = latents.shape[-1] // patch_size
+    return rearrange(latents, ONTO, h=side, w=side)
+
+
+def two_images_only(latents, patch_size):
+    return tokens.patchify(latents[:2], patch_size)
+
+
+def unfold_twice(latents, patch_size):
+    p = patch_size
+    windows = latents.unfold(2, p, p).unfold(3, p, p)                   # (B, C, h, w, p, p)
+    return windows.reshape(len(latents), -1, latents.shape[1] * p * p)
 
 
 def reshaped(latents, patch_size):
@@ -117,6 +140,13 @@ def last_patch_missed(latents, patch_size):
         (cut("b c (h p) (w q) -> b h w (c p q)"), "keeps the grid"),
         (cut("b c (h p) (w q) -> (b h w) (c p q)"), "batch axis"),
         (unfold_without_transposing, "has tokens last"),
+        (unfold_twice, "leaves the channels in front of the grid"),
+        (cut(ONTO, "p"), "pass both p and q"),
+        (cut("b c (h p) (w p) -> b (h w) (c p p)", "p"), "need two names"),
+        (cut(ONTO, c=3), "1 != 3.*not always 3 channels"),
+        (cut(ONTO, p=4, q=4), "not always 4 pixels"),
+        (square_only, "not always square"),
+        (two_images_only, "not always 2 images"),
     ],
 )
 def test_patchify(wrong, message):
@@ -124,10 +154,11 @@ def test_patchify(wrong, message):
         check.patchify(wrong)
 
 
-def put(pattern, turned=False):
+def put(pattern, turned=False, without="", **sizes):
     def unpatchify(tokens, patch_size, grid):
         h, w = grid[::-1] if turned else grid
-        return rearrange(tokens, pattern, h=h, w=w, p=patch_size, q=patch_size)
+        known = {"h": h, "w": w, "p": patch_size, "q": patch_size} | sizes
+        return rearrange(tokens, pattern, **{k: v for k, v in known.items() if k not in without})
 
     return unpatchify
 
@@ -139,6 +170,15 @@ def rounded_back(x, patch_size, grid):
 def reshaped_back(x, patch_size, grid):
     (h, w), p = grid, patch_size
     return x.reshape(len(x), -1, h * p, w * p)
+
+
+def channels_in_front(x, patch_size, grid):
+    (h, w), p = grid, patch_size
+    return rearrange(x.reshape(len(x), -1, h, w, p, p), "b c h w p q -> b c (h p) (w q)")
+
+
+def grid_for_rows(x, patch_size, grid):
+    return rearrange(x, BACK, h=grid, p=patch_size, q=patch_size)
 
 
 def always_square(x, patch_size, grid):
@@ -154,10 +194,16 @@ def always_square(x, patch_size, grid):
         (put("b (h w) (c q p) -> b c (h p) (w q)"), "channel, column, row; the order"),
         (put("b (w h) (c p q) -> b c (h p) (w q)"), "column by column"),
         (put("b (h w) (c p q) -> b c (p h) (q w)"), "strews the pixels"),
-        (put("b (h w) (c p q) -> b c (h p) (w q)", turned=True), "takes the grid for"),
+        (put(BACK, turned=True), "takes the grid for"),
         (put("b (h w) (c p q) -> b c (w q) (h p)"), "turns the picture"),
         (put("b (h w) (c p q) -> b (h p) (w q) c"), "channels last"),
-        (always_square, "do not fill a 2x2 grid"),
+        (channels_in_front, "channels from the front"),
+        (always_square, "expected .2, 3, 8, 32.: the grid is not always square"),
+        (put(BACK, without="hw"), "2x3 or 3x2"),
+        (put(BACK, without="q"), "both p and q"),
+        (put(BACK, c=3), "tokens by their width"),
+        (put(BACK, p=4, q=4), "not always 4 pixels"),
+        (grid_for_rows, "unpack it"),
     ],
 )
 def test_unpatchify(wrong, message):

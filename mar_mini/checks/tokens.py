@@ -1,5 +1,8 @@
 """Checks of chapter 1: pixel values and back, patches as tokens and back."""
 
+import functools
+import itertools
+
 import torch
 from einops import rearrange
 
@@ -14,7 +17,24 @@ from mar_mini.checks import (
     same_shape,
 )  # fmt: skip
 
-CASES = ((2, 3, 8, 12, 4), (2, 1, 6, 4, 2), (3, 3, 4, 4, 4), (1, 2, 4, 4, 1))  # B, C, H, W, patch
+CASES = (  # B, C, H, W, patch size, and what none of the cases before had
+    (2, 3, 8, 8, 4, ""),
+    (3, 3, 8, 8, 4, "there are not always 2 images; take their number from the shape"),
+    (2, 1, 8, 8, 4, "there are not always 3 channels; images tell how many by their shape, tokens "
+     "by their width"),
+    (2, 3, 12, 12, 2, "a patch is not always 4 pixels wide; use patch_size"),
+    (2, 3, 8, 32, 4, "the grid is not always square; rows and columns are two numbers"),
+    (1, 2, 4, 4, 1, "a single pixel is a patch too"),
+)  # fmt: skip
+STOPS = {  # words of an error in the first case, and the idea that is missing
+    "duplicate dimension": "rows and columns need two names, p and q, though both are patch_size",
+    "Could not infer": "a bracket may leave one size open, not two; pass both p and q",
+}
+STOPS_BACK = STOPS | {
+    "Could not infer": "a bracket may leave one size open, not two. 6 tokens: 2x3 or 3x2? Pass h "
+    "and w from grid, and both p and q",
+    "'tuple'": "grid is two numbers; unpack it: rows, columns = grid",
+}
 
 
 @exercise(reference=data.normalise)
@@ -55,6 +75,10 @@ def normalise(candidate):
             ),
         }
         refuse_mistakes(got, want, mistakes, what)
+        for middle, half in itertools.product((127, 128), (127, 127.5, 128)):
+            idea = (f"subtracts while the pixels are still uint8, where 0 - {middle} is "
+                    f"{256 - middle}; make them float first")  # fmt: skip
+            refuse_mistakes(got, want, {idea: (images - middle) / half}, what)
         same_shape(got, want.shape, what)
         same_dtype(got, torch.float32, what)
         close(got, want, what)
@@ -83,6 +107,7 @@ def denormalise(candidate):
             "is not halved: -1 to 1 is 2 wide": (x + 1).clamp(0, 1),
             "is shifted without being halved": (x + 0.5).clamp(0, 1),
             "is halved without being shifted: -1 must become 0": (x / 2).clamp(0, 1),
+            "is halved before it is shifted: (x + 1) / 2, not x / 2 + 1": (x / 2 + 1).clamp(0, 1),
             "divides by 256: 1 must become 1, not 255 / 256": (127.5 * (x + 1) / 256).clamp(0, 1),
             "multiplies by 128 and divides by 255: 0 must become 0.5": (
                 (128 * (x + 1) / 255).clamp(0, 1)
@@ -99,6 +124,7 @@ def denormalise(candidate):
         }
         refuse_mistakes(got, want, mistakes, what)
         same_shape(got, want.shape, what)
+        refuse_mistakes(got.clamp(0, 1), want, mistakes, what)  # the same without the clamp
         if got.max() > 1.5:
             raise Failed(f"{what} runs to {got.max():g}; pictures are shown in 0 to 1")
         same_dtype(got, torch.float32, what)
@@ -113,14 +139,16 @@ def _stretched(x, axes):
 @exercise(reference=tokens.patchify)
 def patchify(candidate):
     generator = torch.Generator().manual_seed(3)
-    for b, c, height, width, p in CASES:
-        what = f"patchify(images of {c}x{height}x{width}, {p})"
+    for b, c, height, width, p, news in CASES:
+        what = f"patchify({b} images of {c}x{height}x{width}, {p})"
         x = torch.randn(b, c, height, width, generator=generator)
-        got, want = candidate(x.clone(), p), tokens.patchify(x, p)
+        want = tokens.patchify(x, p)
         cut, spread = "b c (h p) (w q) -> ", "b c (p h) (q w) -> "
         mistakes = {
             "cuts the memory into runs of equal length, as reshape does: a patch is a square, its "
             "rows lie apart in memory": x.reshape(want.shape),
+            "leaves the channels in front of the grid; move them behind it, into the token, before "
+            "you reshape": rearrange(x, cut + "b c h w p q", p=p, q=p).reshape(want.shape),
             "has the channels last inside a token; the order is channel, row, column": (
                 rearrange(x, cut + "b (h w) (p q c)", p=p, q=p)
             ),
@@ -158,25 +186,24 @@ def patchify(candidate):
                 0, 1
             ),
         }
-        refuse_mistakes(got, want, mistakes, what)
-        same_shape(got, want.shape, what)
-        same_dtype(got, x.dtype, what)
-        _only_moved(got, want, what)
-        equal(got, want, what)
+        _compare(functools.partial(candidate, x.clone(), p), want, mistakes, what, news, STOPS)
 
 
 @exercise(reference=tokens.unpatchify)
 def unpatchify(candidate):
     generator = torch.Generator().manual_seed(4)
-    for b, c, height, width, p in CASES:
+    for b, c, height, width, p, news in CASES:
         grid = h, w = (height // p, width // p)
         x = torch.randn(b, h * w, c * p * p, generator=generator)
         what = f"unpatchify({h * w} tokens of {x.shape[-1]}, {p}, {grid})"
-        got, want = candidate(x.clone(), p, grid), tokens.unpatchify(x, p, grid)
+        want = tokens.unpatchify(x, p, grid)
         sizes, put = {"p": p, "q": p}, " -> b c (h p) (w q)"
         mistakes = {
             "lays the numbers out one after the other, as reshape does: a patch is a square, its "
             "rows lie apart in memory": x.reshape(want.shape),
+            "takes the channels from the front, before the grid; they lie inside each token": (
+                rearrange(x.view(b, c, h, w, p, p), "b c h w p q" + put)
+            ),
             "reads a token as row, column, channel; the order is channel, row, column": (
                 rearrange(x, "b (h w) (p q c)" + put, h=h, w=w, **sizes)
             ),
@@ -201,11 +228,30 @@ def unpatchify(candidate):
                 want.permute(0, 2, 3, 1)
             ),
         }
-        refuse_mistakes(got, want, mistakes, what)
+        _compare(functools.partial(candidate, x.clone(), p, grid), want, mistakes, what, news,
+                 STOPS_BACK)  # fmt: skip
+
+
+def _compare(call, want, mistakes, what, news, stops):
+    """Name the idea behind a wrong result; failing it, what the case has that is new."""
+    try:
+        got = call()
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        last = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+        idea = news or next((stops[words] for words in stops if words in last), None)
+        if idea is None:
+            raise
+        raise Failed(f"{what} stops ({last}): {idea}") from error
+    refuse_mistakes(got, want, mistakes, what)
+    try:
         same_shape(got, want.shape, what)
-        same_dtype(got, x.dtype, what)
+        same_dtype(got, want.dtype, what)
         _only_moved(got, want, what)
         equal(got, want, what)
+    except Failed as failed:
+        raise Failed(f"{failed}: {news}" if news else str(failed)) from None
 
 
 def _only_moved(got, want, what):

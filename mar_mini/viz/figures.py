@@ -95,7 +95,8 @@ def image_grid(
         f", titled {', '.join(dict.fromkeys(titles))}" if titles else ""
     )
     titled = -(-len(titles) // columns) if titles else 0
-    figure = new_figure(cell * (rows + 0.22 * titled), text, width=cell * columns)
+    heading = min(0.22 * cell, 0.2)  # inches; titles do not grow with the pictures
+    figure = new_figure(cell * rows + heading * titled, text, width=cell * columns)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for i, ax in enumerate(axes):
         ax.axis("off")

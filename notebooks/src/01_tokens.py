@@ -75,10 +75,11 @@ fig.show(fig.image_grid(images[:20] / 255, titles=titles))
 #
 # ## Build it: normalise and back
 #
-# > **Exercise 1** · difficulty 1 of 3 · importance 2 of 3 · 8 minutes
+# > **Exercise 1** · difficulty 1 of 3 · importance 2 of 3 · 10 minutes
 # >
-# > Two functions, each the other's inverse, in a line each. Fixed numbers only: a pixel's new value
-# > must not depend on the other pixels, or nobody could undo it.
+# > Two functions, in a line each. The second undoes the first, except that it gives 0 to 1 instead
+# > of 0 to 255. Fixed numbers only: a pixel's new value must not depend on the other pixels, or
+# > nobody could undo it.
 
 # %%
 def normalise(images: torch.Tensor) -> torch.Tensor:
@@ -115,7 +116,7 @@ denormalise = check.denormalise(denormalise)
 #
 # <details><summary>Hint 2</summary>
 #
-# Bytes overflow: in `uint8`, 200 * 2 is 144. Divide first, or say `.float()`.
+# Bytes overflow: in `uint8`, 200 * 2 is 144 and 0 - 128 is 128. Divide first, or say `.float()`.
 #
 # </details>
 #
@@ -146,6 +147,9 @@ print(f"mean {x.mean():.2f}, standard deviation {x.std():.2f}")
 # back almost whole; cut off instead of rounded, many would be 1 too small.
 #
 # </details>
+#
+# The mean is close to 0. The standard deviation is half that of the noise: near enough here; for
+# latents, chapter 2 makes it 1.
 #
 # ## Build it: patches become tokens
 #
@@ -232,12 +236,9 @@ def unpatchify(tokens: torch.Tensor, patch_size: int, grid: tuple[int, int]) -> 
     grid     (rows, columns) of tokens, rows * columns = L
     returns  float (B, D / p^2, rows * p, columns * p)
     """
-    # BEGIN SOLUTION about 5 lines
-    rows, columns = grid
-    return rearrange(
-        tokens, "b (h w) (c p q) -> b c (h p) (w q)",
-        h=rows, w=columns, p=patch_size, q=patch_size,
-    )
+    # BEGIN SOLUTION about 2 lines
+    (h, w), p = grid, patch_size
+    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
     # END SOLUTION
 
 
@@ -278,11 +279,13 @@ assert torch.equal(pictures[0], x[1])
 #
 # ## Why not one token per pixel?
 #
-# A transformer is a stack of **blocks** (chapter 5). In each of them, **attention** compares every
-# token with every other, so that they learn of each other: work that grows with $L^2$. The rest of
-# a block treats tokens one by one, as vectors of $w$ numbers, and grows with $L$. Its weight
-# matrices have $12 w^2$ numbers in all (4 for attention, 8 for the rest), each used once for each
-# token; attention adds $2 L^2 w$ multiplications: scores, then weighted means.
+# A transformer is a stack of **blocks** (chapter 5). Most of a block treats tokens one by one, as
+# vectors of $w$ numbers: work that grows with $L$. One part, **attention**, also compares each with
+# every other, so that they learn of each other: work that grows with $L^2$.
+#
+# The block's weight matrices have $12 w^2$ numbers (4 of the 12 inside attention), each used once
+# per token: $12 L w^2$ multiplications. Each of the $L^2$ pairs adds $2 w$: $w$ to compare the two
+# and $w$ to pass something on.
 #
 # *Predict first:* a sequence of 1,024 tokens (one per pixel of a 32x32 image) is 16 times as long
 # as one of 64 (patches of 4x4). How many times as much work is it for a block with $w = 128$: about
@@ -291,14 +294,21 @@ assert torch.equal(pictures[0], x[1])
 # %%
 block = Block(128, num_heads=4).eval()
 assert sum(p.numel() for p in block.parameters() if p.ndim == 2) == 12 * 128**2
-print("patch  tokens  numbers  pairs of tokens  multiplications   of these attention")
+print("patch  tokens  numbers  pairs of tokens  multiplications   of these for pairs")
 for p in (1, 2, 4, 8, 16):
     length, dim = patchify(x[:1], p).shape[1:]
-    attention, rest = 2 * length**2 * 128, 12 * length * 128**2
-    print(f"{p:5}  {length:6}  {dim:7}  {length**2:15,}  {attention + rest:15,}"
-          f"  {attention / (attention + rest):19.0%}")
+    pairs, weights = 2 * length**2 * 128, 12 * length * 128**2
+    print(f"{p:5}  {length:6}  {dim:7}  {length**2:15,}  {pairs + weights:15,}"
+          f"  {pairs / (pairs + weights):19.0%}")
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Between: divide two rows of the table, and you get about 34. In the short sequence the pairs are a
+# small part of the work, in the long one more than half.
+#
+# </details>
+#
 # And by the clock, on one thread?
 
 # %%
@@ -322,13 +332,9 @@ print(f"{long / short:.0f} times as much (claimed: more than 16 times)")
 assert long / short > 16
 
 # %% [markdown]
-# <details><summary>Answer</summary>
-#
-# Between: divide two rows of the table, and you get about 34. In the short sequence attention is a
-# small part of the work, in the long one more than half. The clock also counts what is no
-# multiplication, so it gives another number; but more than 16 it is.
-#
-# </details>
+# The clock usually says less than 34, since it counts more than multiplications. To start an
+# operation, for instance, takes as long for 64 tokens as for 1,024; that weighs more in the short
+# sequence. But more than 16 it is.
 #
 # So one token per pixel is possible, but dear: in the same time the model gets through far fewer
 # images. And it grows worse with size: an image of 256x256 pixels has 65,536 of them, so more than
@@ -336,12 +342,12 @@ assert long / short > 16
 #
 # ## Why not a few large tokens?
 #
-# Then go to the other end: one token, the whole image. Attention would cost nothing. But attention
-# is what relates one part of the image to another, and it works *between* tokens. What happens
-# *inside* a token is left to the diffusion head, a small network without attention.
+# Then go to the other end: one token, the whole image, so nothing to compare. But attention is what
+# relates one part of the image to another, and it works *between* tokens. What happens *inside* a
+# token is left to the diffusion head, a small network without attention.
 #
-# And large patches are rarer and more varied. Digits of 16x16 pixels, 4,500 of them, give this
-# much to learn from:
+# And large patches are rarer and more varied. Here is what 4,500 digits of 16x16 pixels give, and
+# how many tokens there are to learn from for each number in a token:
 
 # %%
 digits, test = (data.to_tensors(data.load_images("digits", s))[0] for s in ("train", "test"))
@@ -349,13 +355,13 @@ digits, test = normalise(digits), normalise(test)
 for p in (1, 2, 4, 8, 16):
     _, length, dim = patchify(digits[:1], p).shape
     count = len(digits) * length
-    print(f"patch {p:2}: {count:9,} tokens of {dim:3} numbers, {count / dim:11,.0f} per number")
+    print(f"patch {p:2}: {count:9,} tokens of {dim:3} numbers, {count / dim:9,.0f} for each")
 
 # %% [markdown]
-# What does that mean? Take digits that no one has seen, and build each from the tokens of 1,000
-# training digits: for each token the nearest, put into its place. *Wrong* is the squared difference
-# that remains, as a share of what you get if you always show the mean digit. *Predict first:* which
-# patch size gives a good copy, and what will a single patch of 16x16 give?
+# Do the known tokens cover what is to come? Take digits that no one has seen, and build each from
+# the tokens of 1,000 training digits: for each token the nearest, put into its place. *Wrong* is
+# the squared difference that remains, as a share of what you get if you always show the mean digit.
+# *Predict first:* which patch size gives a good copy, and what will a single patch of 16x16 give?
 
 # %% tags=["claim"]
 known = digits[torch.randperm(len(digits), generator=generator)[:1000]]
@@ -373,7 +379,7 @@ print(f"256 numbers a token: {margin:.1f} times as wrong as 16 (claimed: more th
 assert margin > 3
 
 # %%
-titles = ["unseen", *(f"tokens of {dim}" for dim in wrong)] * 2
+titles = ["unseen", "patch 4", "patch 8", "patch 16"] * 2
 rows = denormalise(torch.stack(versions, dim=1)[:8].flatten(0, 1))
 alt = "Unseen digits and their copies from tokens of 16, 64 and 256 numbers, less and less alike"
 fig.show(fig.image_grid(rows, columns=8, titles=titles, alt=alt))
@@ -382,9 +388,9 @@ fig.show(fig.image_grid(rows, columns=8, titles=titles, alt=alt))
 # <details><summary>Answer</summary>
 #
 # Small patches repeat: for nearly every one the training set holds something close, so the tokens
-# of 16 numbers make a good copy. A whole digit does not repeat: on the right stand digits, but
-# other people's. (Still smaller patches would copy still better: the copy asks only what tokens can
-# hold, not how to put them together.)
+# of 16 numbers (patch 4) make a good copy. A whole digit does not repeat: patch 16 gives digits,
+# but by another hand, and sometimes another digit. (Still smaller patches would copy still better:
+# the copy asks only what tokens can hold, not how to put them together.)
 #
 # </details>
 #
@@ -396,10 +402,10 @@ fig.show(fig.image_grid(rows, columns=8, titles=titles, alt=alt))
 #
 # Does a trained model care? The course's own experiment (`make ablations`): MARs that differ in the
 # patch size alone, each trained on the same digits for the same seconds of processor time. Below, a
-# small dot for each training, a large one for their mean and a bar for their spread; lower is
-# better. The measure is the **Fréchet distance** of 1,000 samples to the training digits (chapter
-# 9), the floor what real digits get. *Predict first:* where is the best patch, and where are the
-# ends?
+# small dot for each training, a large one for their mean and a bar of one standard deviation to
+# either side; lower is better. The measure is the **Fréchet distance** of 1,000 samples to the
+# training digits, in what a small network sees in the pictures (chapter 9); the floor is what real
+# digits get. *Predict first:* where is the best patch, and where are the ends?
 
 # %%
 path = data.data_dir().parent / "benchmarks/results"
@@ -417,7 +423,7 @@ for row in result["rows"]:
 runs = {row["width"]: row["seeds"] for row in result["rows"]}
 margin = min(runs[1] + runs[256]) / max(runs[16])
 print(f"real digits: {result['floor']:.1f}")
-print(f"both ends: at best {margin:.1f} times as far as tokens of 16 (claimed: more than 1.3)")
+print(f"both ends: at least {margin:.1f} times as far as tokens of 16 (claimed: more than 1.3)")
 assert margin > 1.3
 
 # %% [markdown]
@@ -451,8 +457,8 @@ for name, shape, p in (("pixels", pixels, 16), ("latent", latent, 1)):
 
 # %% [markdown]
 # 48 times fewer numbers can be enough because neighbouring pixels are alike. The model of small
-# photographs that is bundled with the course makes do with 3 times fewer. Put its latents into your
-# `patchify`: 2x2 of them become one token.
+# photographs that is bundled with the course makes do with 3 times fewer: 16 channels of 8x8 are
+# 1,024, the pixels 3,072. Put its latents into your `patchify`: 2x2 of them become one token.
 
 # %% tags=["claim"]
 bundled = load_pretrained("cifar10")
@@ -468,7 +474,8 @@ assert off < 0.02 and tokens.shape[1:] == (bundled.mar.seq_len, bundled.mar.toke
 
 # %%
 most = latents.std((0, 2, 3)).argmax()                                     # varies most
-channel = denormalise(latents[:, most, None].expand(-1, 3, -1, -1) / 4)
+grey = latents[:, most, None].expand(-1, 3, -1, -1)
+channel = denormalise(grey / grey.std() / 2)                               # spread 0.5, as pixels
 channel = channel.repeat_interleave(4, 2).repeat_interleave(4, 3)          # (100, 3, 32, 32)
 rows = torch.stack([denormalise(photos), channel, denormalise(copies)], dim=1)[:6].flatten(0, 1)
 alt = "Photographs, one channel of their latents as grey values, and copies that look the same"
@@ -482,8 +489,8 @@ fig.show(fig.image_grid(rows, columns=9, titles=["photograph", "latent", "copy"]
 # In pixels 64 tokens take 48 numbers each, in latents 16; and the latents can also be cut into 16
 # tokens of 64. Which helps a MAR? One training each, of the same model for the same 4 minutes on
 # CIFAR-10 (`recipes/compare.py`), judged by the Fréchet distance of 1,000 samples to photographs,
-# in features of a larger network than above. One training each: only large gaps say anything. (The
-# autoencoder had five minutes of its own before.)
+# in what a larger network sees. One training each: only large gaps say anything. (For the latents,
+# the autoencoder had five minutes of its own before; pixels need none.)
 
 # %% tags=["claim"]
 rows = json.loads((path / "tokens.json").read_text("utf-8"))["rows"]
@@ -497,20 +504,22 @@ margin = far["64 tokens of 16"] / far["16 tokens of 64"]
 print(f"in latents, 64 tokens are {margin:.2f} times as far as 16 (claimed: more than 1.1)")
 assert margin > 1.1
 
-# %% [markdown] With 64 tokens, pixels and latents are not far apart. Look at the same latents in
-# two cuts: with 16 tokens the model sees more than twice as many images in its minutes, and comes
-# closer. So the course's model for CIFAR-10 has 16 tokens of 64 numbers. It is the trade of this
-# chapter again, at a small budget. The full-size models, with a wider head and hundreds of passes
-# over the images, take one latent a token: 256 tokens of 16.
+# %% [markdown]
+# At 64 tokens, latents and pixels are hardly apart: narrower tokens alone gained nothing here.
+# Compare the two cuts of the latents: with 16 tokens the model sees more than twice as many images
+# in its minutes, and comes closer. So the course's model for CIFAR-10 has 16 tokens of 64 numbers.
+# It is the trade of this chapter again, at a small budget. The full-size models, with a wider head
+# and hundreds of passes over the images, take one latent a token: 256 tokens of 16.
 #
 # ## Going further
 #
 # 1. Cut 32x32 images with a patch size of 5. What does your `patchify` say, what the package's
 #    (`mar_mini.tokens.patchify`), and which message would you rather read?
-# 2. Build the unseen digits again from 100 known digits, and from 4,000. Which width of token gains
-#    most from more of them?
-# 3. Give `seconds` the lengths 64 to 4096 and draw them: `fig.curves({"ms": (lengths, values)},
-#    xlabel=..., ylabel=..., logy=True)`. Does doubling the length ever cost four times the time?
+# 2. Build the unseen digits again from 100 known digits, and from 4,000. For which width of token
+#    does the error fall most in percentage points, and for which to the smallest share of itself?
+# 3. After `torch.set_num_threads(1)`, give `seconds` the lengths 64 to 4096 and draw them:
+#    `fig.show(fig.curves({"ms": (lengths, values)}, xlabel=..., ylabel=..., logy=True))`. Does
+#    doubling the length ever cost four times the time?
 # 4. Open: all tokens here are squares of equal size. What would you gain, and what would you lose,
 #    with small patches where much happens and large ones in the sky?
 #
@@ -519,7 +528,7 @@ assert margin > 1.1
 # An image becomes a sequence of tokens: patches, laid out as rows of numbers, in a fixed order.
 # Many narrow tokens make attention dear; few wide ones leave the work to a small head, which has
 # few examples to learn it from. Latents ease the trade, since neighbouring pixels are alike: an
-# image takes fewer numbers, so that tokens can be narrower, or fewer.
+# image takes fewer numbers, so that fewer tokens hold it without being much wider.
 #
 # | symbol | in code | module |
 # |---|---|---|
