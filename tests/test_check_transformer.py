@@ -65,7 +65,9 @@ def weights_only(q, k, v):
         (overflows, "not finite: exp of a large number"),
         (detached, "passes no gradient to v"),
         (frozen, "has no gradient"),
-        (weights_only, r"has shape \(2, 3, 4, 5\), expected \(2, 3, 4, 9\)"),
+        (weights_only, "gives the weights"),
+        (lambda q, k, v: weighted(q, k.mT, v, 4), r"shapes do not fit; `q @ k\.mT`"),
+        (lambda q, k, v: weighted(q.div_(4), k, v, 1), "changed the q it was given"),
     ],
 )
 def test_attend(wrong, message):
@@ -106,7 +108,8 @@ def mixed_rows(x, chosen):
         (mixed_rows, "mixes up the rows"),
         (lambda x, c: x[:, : int(c[0].sum())], "first tokens of each row"),
         (lambda x, c: take(x, c.long()[:, : int(c[0].sum())]), "values of `chosen`"),
-        (lambda x, c: x[c], r"has shape \(12, 6\), expected \(3, 4, 6\)"),
+        (lambda x, c: x[c], r"\(12, 6\), expected \(3, 4, 6\): reshape to \(B, K, D\)"),
+        (lambda x, c: x[c].reshape(len(x), int(c.sum()), 6), "shapes do not fit; K is the number"),
         (lambda x, c: masking.keep(x, ~c), "keeps the tokens that are not chosen"),
     ],
 )
@@ -148,6 +151,21 @@ def mixed(x, mask, mask_token):
     return full
 
 
+def expanded(x, mask, mask_token):
+    full = mask_token.expand(*mask.shape, -1)
+    full[~mask] = x.flatten(0, 1)
+    return full
+
+
+def scattered(x, mask, mask_token):
+    places = masking.positions(~mask)[..., None].expand_as(x)
+    return mask_token.expand(*mask.shape, -1).scatter_(1, places, x)
+
+
+def never_learns(x, mask, mask_token):
+    return masking.restore(x, mask, mask_token.detach())
+
+
 def in_place(x, mask, mask_token):
     full = masking.restore(x, mask, mask_token)
     x.zero_()
@@ -165,7 +183,11 @@ def in_place(x, mask, mask_token):
         (reversed_places, "in reverse"),
         (mixed, "mixes up the rows"),
         (upside_down, "upside down"),
-        (in_place, "changed the tokens it was given"),
+        (in_place, "changed the x it was given"),
+        (expanded, r"one piece of memory \(expand\); use repeat"),
+        (scattered, r"one piece of memory \(expand\); use repeat"),
+        (never_learns, "passes no gradient to mask_token"),
+        (lambda x, m, t: torch.where(m[..., None], t, x), "shapes do not fit; `full"),
     ],
 )
 def test_restore(wrong, message):
@@ -196,6 +218,24 @@ def last_class(model, labels):
 
 def class_zero(model, labels):
     return model.class_emb(labels.clamp(min=0))[:, None] + own_places(model)
+
+
+def where_none(model, labels, none, swapped=False):
+    """The fake latent where `none` says so, else the class; or the other way round."""
+    known, missing = model.class_emb.weight[labels.clamp(min=0)], model.fake_latent
+    pair = (known, missing) if swapped else (missing, known)
+    return torch.where(none[:, None], *pair)[:, None] + own_places(model)
+
+
+def overwrites(model, labels):
+    none = labels < 0
+    labels[none] = 0
+    return where_none(model, labels, none)
+
+
+def never_learns_none(model, labels):
+    given = embedded(model, labels)
+    return torch.where((labels < 0)[:, None, None], given.detach(), given) + own_places(model)
 
 
 def no_fake(model, labels):
@@ -232,6 +272,11 @@ def after_the_buffer(model, labels):
         (class_zero, "-1 for class 0"),
         (no_fake, "adds nothing for the label -1"),
         (always_fake, "fake latent to every class"),
+        (lambda m, y: where_none(m, y, y < 0, swapped=True), "fake latent to labels with a class"),
+        (lambda m, y: where_none(m, y, y <= 0), "treats class 0 as no class"),
+        (overwrites, "changed the labels it was given"),
+        (never_learns_none, "passes no gradient to the fake latent"),
+        (lambda m, y: m.class_embedding(y) + own_places(m), "shapes do not fit"),
         (first_only, "first buffer token only"),
         (no_places, "forgets the positions"),  # off by less than 10%
         (lambda m, y: embedded(m, y) + own_places(m)[:, :1].expand(-1, 3, -1), "first position"),
@@ -265,6 +310,9 @@ def test_right_solutions_pass():
     def by_loop(x, chosen):
         return torch.stack([row[c] for row, c in zip(x, chosen, strict=True)])
 
+    def by_rest(x, chosen):
+        return x[chosen].reshape(len(x), -1, x.shape[-1])
+
     def by_mask(x, mask, mask_token):
         full = mask_token.repeat(*mask.shape, 1)
         full[~mask] = x.flatten(0, 1)
@@ -273,11 +321,16 @@ def test_right_solutions_pass():
     def in_one(model, labels):
         return embedded(model, labels) + own_places(model)
 
+    def by_where(model, labels):
+        return where_none(model, labels, labels < 0)
+
     assert check.attend(mine) is mine
     assert check.attend(F.scaled_dot_product_attention) is F.scaled_dot_product_attention
     assert check.keep(by_loop) is by_loop
+    assert check.keep(by_rest) is by_rest
     assert check.restore(by_mask) is by_mask
     assert check.embed_buffer(in_one) is in_one
+    assert check.embed_buffer(by_where) is by_where
     assert check.attend(transformer.attend) is transformer.attend
     assert check.embed_buffer(MAR.embed_buffer) is MAR.embed_buffer
 

@@ -1,10 +1,51 @@
 """Checks of chapter 5: attention, tokens that leave and come back, the class in the buffers."""
 
+import re
+import warnings
+
 import torch
 from torch import Tensor
 
 from mar_mini import MAR, masking, transformer
 from mar_mini.checks import Failed, close, exercise, refuse_mistakes, same_dtype, same_shape
+
+SHARED = "all places share one piece of memory (expand); use repeat"
+
+
+def _call(candidate, what: str, hint: str, *fixed: object, **given: Tensor) -> Tensor:
+    """What comes of copies of the tensors, which must stay as they are; a hint where it breaks."""
+    copies = {name: x.clone() for name, x in given.items()}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*expanded tensors")  # see SHARED
+            got = candidate(*fixed, *copies.values())
+    except (RuntimeError, IndexError) as error:
+        if "single memory location" in str(error):
+            raise Failed(f"{what}: {SHARED}") from error
+        if re.search("size|shape|dimension", str(error)):
+            error.args = (f"{what}: the shapes do not fit; {hint} ({error})",)
+        raise
+    for name, x in given.items():
+        if not torch.equal(copies[name], x):
+            if isinstance(got, Tensor) and 0 in got.stride():
+                raise Failed(f"{what}: {SHARED}")
+            raise Failed(f"{what} changed the {name} it was given; write into a new tensor")
+    return got
+
+
+@torch.enable_grad()  # the notebook has switched gradients off
+def _same_gradients(candidate, reference, what: str, **tensors: Tensor) -> None:
+    """Expect that both pass the same gradients on to these tensors (parameters are not copied)."""
+    leaves = [x if x.requires_grad else x.clone().requires_grad_() for x in tensors.values()]
+    outs = [function(*leaves) for function in (candidate, reference)]
+    leave_out = "leave out detach, no_grad and .data"
+    if not outs[0].requires_grad:
+        raise Failed(f"{what} has no gradient: nothing could be learned through it; {leave_out}")
+    gradients = [torch.autograd.grad(x.square().sum(), leaves, allow_unused=True) for x in outs]
+    for name, got, want in zip(tensors, *gradients, strict=True):
+        if got is None or (want.any() and not got.any()):
+            raise Failed(f"{what} passes no gradient to {name}: it would not learn; {leave_out}")
+        close(got, want, f"the gradient for {name}")
 
 
 @exercise(reference=transformer.attend)
@@ -17,10 +58,11 @@ def attend(candidate):
         )
         what = "attend(q, k, v)"
         want = transformer.attend(q, k, v)
-        got = candidate(q.clone(), k.clone(), v.clone())
-        same_shape(got, want.shape, what)
+        hint = "`q @ k.mT` gives the scores, `k.mT` swaps the last two axes"
+        got = _call(candidate, what, hint, q=q, k=k, v=v)
         scores = q @ k.mT
         mistakes = {
+            "gives the weights; with them take the mean of the values": (scores / 4).softmax(-1),
             "does not scale: divide q k^T by the square root of d, the width of a key": (
                 scores.softmax(-1) @ v
             ),
@@ -48,33 +90,13 @@ def attend(candidate):
         refuse_mistakes(got, want, mistakes, what)
         close(got, want, what)
         same_dtype(got, want.dtype, what)
-    _same_gradients(candidate, q, k, v)
+    _same_gradients(candidate, transformer.attend, what, q=q, k=k, v=v)
     big = candidate(100 * q, 100 * k, v)
     if not big.isfinite().all():
         raise Failed(
             "attend(100 q, 100 k, v) is not finite: exp of a large number overflows; use softmax, "
             "which takes the largest one off first"
         )
-
-
-@torch.enable_grad()  # the notebook has switched gradients off
-def _same_gradients(candidate, *tensors: Tensor) -> None:
-    gradients = []
-    for function in (candidate, transformer.attend):
-        leaves = [x.clone().requires_grad_() for x in tensors]
-        out = function(*leaves)
-        if not out.requires_grad:
-            raise Failed(
-                "attend(q, k, v) has no gradient: nothing could be learned through it; leave out "
-                "detach, no_grad and .data"
-            )
-        grads = torch.autograd.grad(out.square().sum(), leaves, allow_unused=True)
-        gradients.append(dict(zip("qkv", grads, strict=True)))
-    got, want = gradients
-    for name in "qkv":
-        if got[name] is None:
-            raise Failed(f"attend(q, k, v) passes no gradient to {name}")
-        close(got[name], want[name], f"the gradient for {name}")
 
 
 def _masks() -> list[Tensor]:
@@ -90,14 +112,14 @@ def keep(candidate):
     x = torch.randn(3, 8, 6, generator=torch.Generator().manual_seed(3))
     for mask in _masks():
         chosen, what = ~mask, f"keep(x, chosen) with {int((~mask)[0].sum())} chosen of 8 tokens"
-        got, given = candidate(x, chosen.clone()), masking.positions(chosen)
+        hint = "K is the number chosen in one row, not in all"
+        got, given = _call(candidate, what, hint, x=x, chosen=chosen), masking.positions(chosen)
         want = masking.keep(x, chosen)
-        if isinstance(got, Tensor) and got.shape == x.shape != want.shape:
-            raise Failed(
-                f"{what} has shape {tuple(x.shape)}, expected {tuple(want.shape)}: tokens that "
-                "are not chosen must leave the sequence; setting them to zero saves no work"
-            )
-        others = masking.positions(mask)[:, : given.shape[1]]
+        if isinstance(got, Tensor) and got.shape != want.shape:
+            why = ": reshape to (B, K, D)" if got.numel() == want.numel() else ""
+            if got.shape == x.shape:
+                why = ": tokens that are not chosen must leave; setting them to zero saves no work"
+            raise Failed(f"{what} has shape {tuple(got.shape)}, expected {tuple(want.shape)}{why}")
         mistakes = {
             "keeps the tokens that are not chosen: True means keep": masking.keep(x, mask),
             "keeps the places that the first row chooses, in all rows; each row has its own": (
@@ -115,7 +137,6 @@ def keep(candidate):
             "mixes up the rows: the chosen tokens of one image belong together": (
                 x[chosen].reshape(given.shape[1], 3, 6).transpose(0, 1)
             ),
-            "keeps the others that it should drop": masking.take(x, others),
         }
         refuse_mistakes(got, want, mistakes, what)
         close(got, want, what)
@@ -128,63 +149,63 @@ def restore(candidate):
     for mask in _masks():
         known = masking.keep(x, ~mask)
         what = f"restore(x, mask, mask_token) with {known.shape[1]} known of 8 tokens"
-        given = known.clone()
-        got = candidate(known, mask.clone(), mask_token)
-        want = masking.restore(given, mask, mask_token)
+        hint = "`full[~mask] = ...` takes (B * K, D) values, row by row"
+        got = _call(candidate, what, hint, x=known, mask=mask, mask_token=mask_token)
+        want = masking.restore(known, mask, mask_token)
         same_shape(got, want.shape, what)
-        if not torch.equal(known, given):
-            raise Failed(f"{what} changed the tokens it was given; write into a new tensor")
         count = known.shape[1]
         tail = mask_token.expand(3, 8 - count, -1)
-        zeros = masking.restore(given, mask, 0 * mask_token)
+        zeros = masking.restore(known, mask, 0 * mask_token)
         mistakes = {
             "leaves zeros at the masked places; there belongs the mask token": zeros,
             "adds the mask token at known places too; there the known tokens stand alone": (
                 zeros + mask_token
             ),
             "puts the mask tokens behind the known ones; each known token goes back to its place": (
-                torch.cat([given, tail], 1)
+                torch.cat([known, tail], 1)
             ),
             "puts the mask tokens in front of the known ones; each known token goes back to its "
-            "place": torch.cat([tail, given], 1),
+            "place": torch.cat([tail, known], 1),
             "uses the first row's places for all rows": (
-                masking.restore(given, mask[:1].expand_as(mask), mask_token)
+                masking.restore(known, mask[:1].expand_as(mask), mask_token)
             ),
             "puts the known tokens back in reverse: they come in ascending order of their places": (
-                masking.restore(given.flip(1), mask, mask_token)
+                masking.restore(known.flip(1), mask, mask_token)
             ),
             "mixes up the rows: the known tokens of an image must go back to that image": (
-                _filled(given.transpose(0, 1), mask, mask_token)
+                masking.restore(known.transpose(0, 1).reshape_as(known), mask, mask_token)
             ),
         }
         if 2 * count == 8:
             mistakes["is upside down: mask is True where the mask token belongs"] = masking.restore(
-                given, ~mask, mask_token
+                known, ~mask, mask_token
             )
         refuse_mistakes(got, want, mistakes, what)
         close(got, want, what)
-
-
-def _filled(known: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:
-    full = mask_token.repeat(*mask.shape, 1)
-    full[~mask] = known.reshape(-1, known.shape[-1])
-    return full
+    mask = _masks()[0]
+    both = [lambda x, token, f=f: f(x, mask, token) for f in (candidate, masking.restore)]
+    known = masking.keep(x, ~mask)
+    _same_gradients(*both, "restore(x, mask, mask_token)", x=known, mask_token=mask_token)
 
 
 @exercise(reference=MAR.embed_buffer)
 def embed_buffer(candidate):
     model = _model()
     labels = torch.tensor([2, 0, -1, 3])
+    what = "embed_buffer(model, labels)"
     with torch.no_grad():
         want = model.embed_buffer(labels)
-        got = candidate(model, labels.clone())
-        what = "embed_buffer(model, labels)"
+        hint = "(B, 1) beside (B, D), (B, 1, D) beside (1, buffer_size, D)"
+        got = _call(candidate, what, hint, model, labels=labels)
         table, none = model.class_emb.weight, model.fake_latent
         places, size = model.encoder_pos_embed_learned, model.buffer_size
         own, one = places[:, :size], model.class_embedding(labels)[:, None]
         if isinstance(got, Tensor) and got.shape == (4, want.shape[-1]):
             raise Failed(f"{what} gives one token an image, expected {size}: the class in each")
         same_shape(got, want.shape, what)
+        given, lone = labels >= 0, (none + own).expand(3, -1, -1)
+        wrong = {"gives the fake latent to labels with a class; it stands in for -1 alone": lone}
+        refuse_mistakes(got[given], want[given], wrong, what)
         first_only = own.repeat(4, 1, 1)
         first_only[:, :1] += one
         mistakes = {
@@ -192,6 +213,9 @@ def embed_buffer(candidate):
             "latent": table[labels][:, None] + own,
             "takes -1 for class 0; -1 means no class, the fake latent": (
                 table[labels.clamp(min=0)][:, None] + own
+            ),
+            "treats class 0 as no class; only -1 means no class": (
+                torch.where((labels <= 0)[:, None], none, table[labels])[:, None] + own
             ),
             "adds nothing for the label -1; no class has a vector too, the fake latent": (
                 torch.where((labels < 0)[:, None], 0 * none, table[labels])[:, None] + own
@@ -220,6 +244,9 @@ def embed_buffer(candidate):
         }
         refuse_mistakes(got, want, mistakes, what)
         close(got, want, what)
+    both = [lambda *_, f=f: f(model, labels) for f in (candidate, MAR.embed_buffer)]
+    learned = {"the class vectors": table, "the fake latent": none, "the positions": places}
+    _same_gradients(*both, what, **learned)
 
 
 def _model() -> MAR:

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
@@ -358,13 +359,17 @@ def attention(
         ax.set(xticks=[], yticks=[])
         ax.set_title(name, fontsize=9)
         ax.spines[:].set_visible(False)
+    if above:
+        axes[0].set_yticks([(above - 1) / 2], ["buffer"], rotation=90, va="center", fontsize=8)
+        axes[0].tick_params(length=0, pad=1)
     return figure
 
 
 def outline(axes, y: int, x: int, height: int, width: int, colour: str) -> None:
-    """A frame around some fields or pixels of a picture."""
+    """A frame around some fields or pixels of a picture, on white to stand out on any colour."""
     inside = 0.06 * width
     axes.add_patch(Rectangle(
         (x - 0.5 + inside, y - 0.5 + inside), width - 2 * inside, height - 2 * inside,
         fill=False, edgecolor=colour, linewidth=2,
+        path_effects=[withStroke(linewidth=4, foreground="white")],
     ))  # fmt: skip

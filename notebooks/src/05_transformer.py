@@ -15,7 +15,7 @@
 # - the way tokens leave the sequence and come back to their places,
 # - the buffer tokens, through which the model learns the class.
 #
-# **Reading** 25 min, **exercises** 45 min, **CPU** 20 s. **Needs** chapter 1 (tokens).
+# **Reading** 25 min, **exercises** 37 min, **CPU** 20 s. **Needs** chapter 1 (tokens).
 
 # %%
 import json
@@ -40,8 +40,8 @@ _ = torch.set_grad_enabled(False)  # nothing is trained here
 #
 # The larger MAR that comes with the course was trained on small photographs (CIFAR-10). An
 # autoencoder makes 4x4 tokens of each (chapter 2). Take 200 test images and hide a random half of
-# each one's tokens: these are **masked**. The model has two transformers, an **encoder** and a
-# **decoder**; the decoder has four **blocks**.
+# each one's tokens: these are **masked**. The model has two **transformers** (stacks of **blocks**;
+# you build a block below), an **encoder** and a **decoder**; the decoder has four blocks.
 
 # %%
 pipeline = load_pretrained("cifar10")
@@ -81,8 +81,8 @@ show_maps(4, decoder_maps(transformer.attend, masking.restore))
 
 # %% [markdown]
 # Left: what is known of the picture, and framed in orange the masked token that asks. Beside it, in
-# percent, where it looks in each block. Green frames are known tokens. Above the white line stand
-# the eight **buffer tokens**, which belong to no place of the picture.
+# percent, where it looks in each block. Green frames are known tokens. The rows labelled "buffer"
+# are the eight **buffer tokens**, which belong to no place of the picture.
 #
 # *Predict first:* does a token that must be predicted look most at known tokens, at masked ones, or
 # at the buffer? At near ones or at far ones? At the end you will count over all 200 images.
@@ -110,7 +110,7 @@ for d in (4, 64, 1024):
 # <details><summary>Answer</summary>
 #
 # Like the root of $d$. Undivided, wide keys give nearly all the weight to one of 1,000 tokens:
-# nothing is mixed, and the softmax hardly has a gradient there.
+# hardly anything is mixed.
 #
 # </details>
 #
@@ -119,7 +119,7 @@ for d in (4, 64, 1024):
 #
 # > **Exercise 1** · difficulty 2 of 3 · importance 3 of 3 · 10 minutes
 # >
-# > The formula, for all images and heads at once.
+# > The formula, for all images and heads at once. (Inside a block all tokens ask: K = N.)
 
 # %%
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -162,10 +162,15 @@ attend = check.attend(attend)
 #
 # ## A block from nothing
 #
-# A block is attention, then a small network (**MLP**) for each token alone. Both work on a
-# normalised copy, and their result is *added* to what was there: a block adds to the notes on a
-# token, it does not replace them (a *residual connection*). Below, `Block` of `mar_mini` written
-# out, on **your** attention and the trained layers of a block of the model.
+# A block is attention, then a small network (**MLP**) for each token alone: two linear layers and
+# between them a GELU, a smooth ReLU (which sets negative numbers to 0). Both work on a normalised
+# copy: `norm` brings each token's vector to mean 0 and spread 1, then scales and shifts it by
+# learned numbers. Their result is *added* to what was there: a block adds to the notes on a token,
+# it does not replace them (a *residual connection*).
+#
+# Below, `Block` of `mar_mini` written out, on **your** attention and the trained layers of a block.
+# The heads' results are laid side by side (`transpose`, `flatten`), and a linear layer, `proj`,
+# mixes them.
 
 # %%
 def run_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -219,7 +224,8 @@ assert moved < 1e-3
 #
 # > **Exercise 2** · difficulty 1 of 3 · importance 3 of 3 · 7 minutes
 # >
-# > Take the chosen tokens out of the sequence: as many in each row, but in each at other places.
+# > Keep the chosen tokens and drop the rest: as many in each row (K counts these now), but in each
+# > at other places.
 
 # %%
 def keep(x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -246,7 +252,7 @@ keep = check.keep(keep)
 # <details><summary>Hint 2</summary>
 #
 # Row by row is the order you need: `reshape` it to (B, K, D), with `int(chosen[0].sum())` for K.
-# (-1 in its place fails when K is 0: any number would fit.)
+# (-1 in its place works too.)
 #
 # </details>
 #
@@ -340,9 +346,9 @@ assert buffered_eighth / buffered < 0.6 and eighth / whole < 0.4
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# An eighth of the tokens, yes; but the buffer tokens are always there: 96 tokens instead of 320,
-# which is 0.30. The decoder saves nothing, it runs over all places; so a model with half of its
-# blocks in the encoder costs 0.65 of one with all of them in the decoder.
+# Tokens alone: nearly, as the first line shows. But the buffer tokens are always there: 96 tokens
+# instead of 320, which is 0.30. The decoder saves nothing, it runs over all places; so a model with
+# half of its blocks in the encoder costs 0.65 of one with all of them in the decoder.
 #
 # </details>
 #
@@ -351,7 +357,7 @@ assert buffered_eighth / buffered < 0.6 and eighth / whole < 0.4
 # At the first step of a generation nothing is known, and the encoder would have nothing to read. So
 # **buffer tokens** stand in front of the sequence: 64 in the paper, 8 in the model of photographs.
 # Each is the learned vector of the class plus a position embedding of its own. Without a class
-# (label -1, needed for guidance, chapter 8) another learned vector stands in, the *fake latent*.
+# (label -1, needed for guidance, chapter 4) another learned vector stands in, the *fake latent*.
 #
 # > **Exercise 4** · difficulty 2 of 3 · importance 3 of 3 · 10 minutes
 # >
@@ -402,8 +408,11 @@ embed_buffer = check.embed_buffer(embed_buffer)
 # ## All of it, from your parts
 #
 # Now you have everything between tokens and **`z`**, the vector that tells the diffusion head
-# (chapter 4) what belongs at a place. `z_proj` is a linear layer from the width of a token to that
-# of the model, and names in `norm` or `_ln` are layers that normalise each vector.
+# (chapter 4) what belongs at a place. `z_proj` (despite its name it acts on tokens, not on `z`) is
+# a linear layer from the width of a token to that of the encoder, `decoder_embed` one from encoder
+# to decoder. Names with `norm` or `_ln` are layers that normalise each vector, as in a block.
+# Encoder, decoder and `z` each have position embeddings of their own; those of `z` are
+# `diffusion_pos_embed_learned`.
 
 # %%
 def encode(model, tokens, mask, labels):
@@ -437,9 +446,10 @@ assert (z - want).abs().max() < 1e-3 * z.std()
 # ## Is the buffer really the only way in?
 #
 # The smallest model of the course writes digits and has two buffer tokens. Ask it for digits, but
-# put something else into its buffer: the class 9 - n when n was asked for, or positions without any
-# class. A classifier (the nearest mean image of a class) says what came out. *Predict first:* which
-# digits come without a class?
+# put something else into its buffer: the class 9 - n when n was asked for, or bare positions. (Not
+# the label -1: it would put the fake latent there, a learned vector too. Here nothing is to come in
+# but places.) A classifier (the nearest mean image of a class) says what came out. *Predict first:*
+# how many are the digit that was asked for, in each case?
 
 # %%
 digits = load_pretrained("digits")
@@ -472,8 +482,8 @@ assert max(rows["class n"][1], rows["class 9 - n"][0], *rows["no class"]) < 0.3
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Whatever comes, it has nothing to do with what you asked for: about one in ten is right, by
-# chance. Only the buffer decides.
+# With a class in the buffer most are that class, whatever was asked for. Without one, what comes
+# has nothing to do with it: about one in ten is right, by chance. Only the buffer decides.
 #
 # </details>
 #
@@ -481,7 +491,9 @@ assert max(rows["class n"][1], rows["class 9 - n"][0], *rows["no class"]) < 0.3
 #
 # Inside the encoder buffer tokens also look at the known tokens, so they may carry the *picture* as
 # well. Test it: keep class, places and known rows of an image, and give the decoder the buffer rows
-# that were encoded beside *another* image. How far does `z` move, compared with exchanging both?
+# that were encoded beside *another* image. How far does `z` move, compared with exchanging buffer
+# rows and known rows both? 0 is not at all, 1 as far as with both. *Predict first:* is the buffer
+# nearer to 0 or to 1?
 
 # %%
 def exchanged(model, tokens, labels):
@@ -505,15 +517,20 @@ print("photographs: other buffer rows {:.2f}, other known rows {:.2f}".format(*m
 assert moved[1] > moved[0]
 
 # %% [markdown]
-# In the model of digits the buffer is more than a label: it sums up what is known, and each place
-# can read the summary without asking all the known tokens. In the model of photographs the known
-# tokens themselves say more. Both ways are open to a model; training decides.
+# <details><summary>Answer</summary>
+#
+# That depends on the model. With the digits the buffer is more than a label: other buffer rows move
+# `z` about as far as other known rows, so it carries the picture as well, as a kind of summary.
+# With the photographs the known tokens themselves say more. Both ways are open to a model; training
+# decides.
+#
+# </details>
 #
 # ## Where does a token look?
 #
-# Back to the picture from the beginning, now with your own `attend` and `restore`. (A trick makes
-# weights visible: let token i answer with the i-th unit vector, then the weighted mean of the
-# answers *is* the row of weights.)
+# Back to the picture from the beginning, now with your own `attend` and `restore`: if they are
+# right, it must be the same picture. (A trick makes weights visible: let token i answer with the
+# i-th unit vector, then the weighted mean of the answers *is* the row of weights.)
 
 # %%
 maps = list(decoder_maps(attend, restore))
@@ -546,10 +563,10 @@ assert weight["known beside it"] > 1.1 * weight["known far away"]
 # %% [markdown]
 # <details><summary>Answer to the question at the top</summary>
 #
-# In the end at known tokens, and at those beside it more than at those far away: a masked token
-# knows nothing but its place, so there is little to ask it for. Is there a block that looks at the
-# buffer more than the others do? One look is enough to fetch a class. Nobody told the model any of
-# this.
+# In block 1 least at known tokens (0.59): masked ones (1.17) and the buffer (1.24) get more. From
+# block 2 on: at known tokens, at near ones most. Block 1 looks at the buffer more than the later
+# blocks do. Perhaps it fetches the class there, but this count does not show it. Nobody told the
+# model any of this.
 #
 # </details>
 #
@@ -592,15 +609,17 @@ def report(rows, xlabel):
 rows = comparison("buffers")
 report(rows, "buffer tokens")
 share, better = rows[-1]["steps"] / rows[0]["steps"], gain(rows[0], rows[-1])
-print(f"most buffer tokens against fewest: {share:.2f} of the steps, {better:.1f} errors better")
+print(f"most buffer tokens against fewest: {share:.2f} of the steps")
+print(f"fewest against most: {-better:.1f} errors better (below three: may be chance)")
 assert share < 0.93 and not better > 3
 
 # %% [markdown]
-# Dots are seeds, bars their spread; the axis does not begin at zero. A gap below three errors may
-# well be chance, and by that measure many buffer tokens bring these models nothing. They do have a
-# price: each step takes longer, so in equal time a model learns from fewer images. But these models
-# are small and young, with 16 tokens and ten classes. With 256 tokens and 1,000 classes, and a
-# summary to write, 64 may pay: this experiment cannot tell.
+# Small orange dots are seeds, blue dots their mean, bars one standard deviation of the seeds; the
+# printed standard error, that of the mean, is smaller. The axis does not begin at zero. A gap below
+# three errors may well be chance, and by that measure many buffer tokens bring these models
+# nothing. They do have a price: each step takes longer, so in equal time a model learns from fewer
+# images. But these models are small and young, with 16 tokens and ten classes. With 256 tokens and
+# 1,000 classes, and a summary to write, 64 may pay: this experiment cannot tell.
 #
 # ## Is a split into encoder and decoder needed?
 #
@@ -614,7 +633,7 @@ report(rows, "encoder + decoder blocks")
 share = rows[-1]["seconds_per_step"] / rows[0]["seconds_per_step"]
 better = gain(rows[-1], rows[0])
 print(f"most encoder blocks against none: {share:.2f} of the time for a step")
-print(f"none against most: {better:.1f} errors better in equal time")
+print(f"most against none: {-better:.1f} errors better in equal time (below three: may be chance)")
 assert share < 1 and not better > 3
 
 # %% [markdown]
