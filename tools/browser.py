@@ -21,6 +21,7 @@ RUN_JUPYTER = (
 KNOWN_MESSAGES = (
     "of shared singleton module",  # Voila's JupyterLab is older than the one installed
     "No satisfying version",
+    "Failed to load resource",  # noted with its address instead
     "willReadFrequently",  # advice that concerns the tests, which read colours back
 )
 
@@ -57,7 +58,12 @@ def new_page(browser, width: int = 1280, height: int = 1000, scheme: str = "ligh
         if not re.match(r"(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|data:|blob:", request.url):
             faults.append(f"request to {request.url}")
 
+    def on_response(response):
+        if response.status >= 400:
+            faults.append(f"{response.status}: {response.url}")
+
     page.on("console", on_console)
+    page.on("response", on_response)
     page.on("pageerror", lambda error: faults.append(f"uncaught: {error}"))
     page.on("request", on_request)
     return page, faults
