@@ -27,6 +27,7 @@ from tqdm import tqdm
 from mar_mini import MAR, get_config, load_pretrained, train_mar
 from mar_mini.checkpoints import Pipeline
 from mar_mini.data import class_names, load_images, normalise, to_tensors
+from mar_mini.viz import GenerationTheatre
 from mar_mini.viz import figures as fig
 
 seed = int(os.environ.get("MAR_MINI_SEED", 0))
@@ -59,6 +60,14 @@ fig.show(fig.filmstrip(frames, alt="A horse growing token by token, in random or
 # Notice that the order is no reading order: the tokens come where chance puts them. Here each step
 # predicts one; fewer steps would predict several at once.
 #
+# Now you: choose a class and another seed, press *Generate*, and go back in time with the slider
+# below the picture. The line of code under the controls makes the same image again.
+
+# %%
+theatre = GenerationTheatre(cifar, label=7, seed=seed + 1)
+theatre.run()
+
+# %% [markdown]
 # *Predict first:* what would you see if all 16 tokens were predicted in a single step?
 #
 # ## What is autoregressive about it?

@@ -26,6 +26,7 @@ import torch
 
 from mar_mini import load_pretrained, masking
 from mar_mini.checks import masking as check
+from mar_mini.viz import MaskOrderExplorer
 from mar_mini.viz import figures as fig
 
 generator = torch.Generator().manual_seed(6)
@@ -63,6 +64,12 @@ for name in ("random", "checkerboard", "spiral"):
 # you may choose another order afterwards, without training again.
 #
 # </details>
+#
+# Play with them: press the triangle below the grid, or take the grid's keyboard focus and use the
+# arrow keys. The bars say how many tokens each step predicts; more on that below.
+
+# %%
+MaskOrderExplorer("spiral")
 
 # %% [markdown]
 # ## How much is hidden in training
@@ -274,28 +281,30 @@ my_order = check.my_order(my_order)
 # {{solution my_order}}
 
 # %% [markdown]
-# Is it the order that you meant? The picture shows the turn of each place.
+# Is it the order that you meant? Play it. Then choose *drawn by hand* and draw another one over the
+# grid with the mouse: what you draw is `explorer.order`, an order like any other.
 
 # %%
-fig.show(fig.order_maps({"my_order": my_order(8, 8, 1)}, 8, 8))
+explorer = MaskOrderExplorer(my_order, rows=4, columns=4)
+explorer
 
 # %% [markdown]
 # ## Let a model generate in it
 #
 # A small MAR is bundled with the course, trained for 75 seconds on digits of 4x4 tokens. It
-# has seen random orders only. *Predict first:* will it write a 3 in your order as well?
+# has seen random orders only. *Predict first:* will it write a 3 in the order of the explorer as
+# well: in yours, or in what you drew there?
 
 # %%
 pipeline = load_pretrained("digits")
-frames = list(
-    pipeline.sample([3], order=my_order, generator=torch.Generator().manual_seed(1))
-)
+drawn = explorer.order
+frames = list(pipeline.sample([3], order=drawn, generator=torch.Generator().manual_seed(1)))
 fig.show(fig.filmstrip(frames, row=0))
 
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Yes. To the model your order is one of the 16! orders that it might have met.
+# Yes. To the model any order is one of the 16! that it might have met.
 #
 # </details>
 #
