@@ -53,6 +53,19 @@ def gradient_of_the_mean_alone(posterior, generator=None):
     return posterior.mean + std * noise_like(posterior, generator)
 
 
+def rsample(posterior, generator=None):
+    return torch.distributions.Normal(posterior.mean, posterior.logvar.div(2).exp()).rsample()
+
+
+def rsample_with_generator(posterior, generator=None):
+    normal = torch.distributions.Normal(posterior.mean, posterior.logvar.div(2).exp())
+    return normal.rsample(generator=generator)
+
+
+def mean_stretched_too(posterior, generator=None):
+    return (posterior.mean + noise_like(posterior, generator)) * posterior.logvar.div(2).exp()
+
+
 def floor_under_the_std(posterior, generator=None):  # off by less than 10%
     std = torch.exp(0.5 * posterior.logvar) + 0.01
     return posterior.mean + std * noise_like(posterior, generator)
@@ -77,9 +90,14 @@ def floor_under_the_std(posterior, generator=None):  # off by less than 10%
         (one_for_the_batch, "same noise to all images"),
         (standardised, "those of chance"),
         (seed_ignored, "hand on the generator"),
+        (rsample, r"torch.randn\(..., generator=generator\)"),
+        (rsample_with_generator, r"takes none; the noise is `torch.randn"),
         (without_gradient, "no gradient reaches posterior.mean"),
         (gradient_of_the_mean_alone, "no gradient reaches posterior.logvar"),
-        (floor_under_the_std, r"\[0, 0, 0, 0\] is .*, expected"),
+        (mean_stretched_too, "moves by .* where the mean moves by 1"),
+        (with_std(lambda logvar: torch.exp(2 * logvar)), "0.0183 where the log variance is -2"),
+        (with_std(lambda logvar: logvar.abs().sqrt()), "1.41 where the log variance is -2"),
+        (floor_under_the_std, "0.378 where the log variance is -2, expected 0.368"),
     ],
 )  # fmt: skip
 def test_sample(wrong, message):
@@ -128,7 +146,12 @@ def right(m, variance, logvar):
         (kl_of(lambda m, v, log: (1 + m**2) / v - 1 + log), "other way round"),
         (kl_of(lambda *a: right(*a) / math.log(2)), "bits"),
         (kl_of(lambda m, v, log: right(m - m.mean(0), v, log)), "distance is from 0"),
-        (kl_of(lambda *a: 1.01 * right(*a)), r"kl\(posterior\)\[0\] is .*, expected"),
+        (kl_of(lambda m, v, log: m**2 + log - 1 - log.log()), "log variance for the variance"),
+        (kl_of(lambda m, v, log: m**2 + log - 1 - log), "log variance for the variance"),
+        (kl_of(lambda m, v, log: m**2 + log**2 - 1 - log), "log variance for the standard"),
+        (kl_of(lambda m, v, log: m**2 + log**2 - 1 - (log**2).log()), "for the standard deviation"),
+        (kl_of(lambda *a: 1.01 * right(*a)), "only the mean is not .* is .*, expected"),
+        (kl_of(lambda m, v, log: m**2 + 1.01 * v - 1 - log), "which costs nothing"),
     ],
 )
 def test_kl(wrong, message):
@@ -159,6 +182,7 @@ def test_the_kl_with_a_standard_deviation_is_off_by_little():
         (lambda x: 1 / x.std((0, 2, 3)), r"shape \(4,\), expected one number"),
         (lambda x: [1 / x.std()], "is a list"),
         (lambda x: 1.01 / x.std(), "is .*, expected"),
+        (lambda x: 1 / x.std(), "is a tensor, expected a float"),
     ],
 )
 def test_latent_scale(wrong, message):
@@ -177,7 +201,7 @@ def test_right_solutions_pass():
         return torch.distributions.kl_divergence(own, standard).flatten(1).sum(1)
 
     def biased(latents):
-        return 1 / latents.std(correction=0)
+        return 1 / float(latents.std(correction=0))
 
     assert check.sample(mine) is mine
     assert check.kl(other_kl) is other_kl

@@ -21,12 +21,52 @@ def _seeded() -> torch.Generator:
     return torch.Generator().manual_seed(7)
 
 
+def _level(mean: float, logvar: float, shape: tuple[int, ...] = (1, 1, 1, 1)) -> DiagonalGaussian:
+    """All values of one mean and one log variance."""
+    ones = torch.ones(shape)
+    return DiagonalGaussian(torch.cat([mean * ones, logvar * ones], dim=1))
+
+
+def _draw(candidate, posterior: DiagonalGaussian, what: str) -> torch.Tensor:
+    """A learner's draw; raises `Failed` if it gives a generator to a function without one."""
+    try:
+        return candidate(posterior, _seeded())
+    except TypeError as error:
+        if "keyword argument 'generator'" not in str(error):
+            raise
+        raise Failed(
+            f"{what} hands the generator to a function that takes none; the noise is "
+            "`torch.randn(..., generator=generator)`"
+        ) from error
+
+
+def _diagnose_draw(candidate, got: torch.Tensor, posterior: DiagonalGaussian, what: str) -> None:
+    """Say which part of mean + std * noise is wrong: the mean, or the standard deviation."""
+    moved = DiagonalGaussian(torch.cat([posterior.mean + 1, posterior.logvar], dim=1))
+    by = (candidate(moved, _seeded()) - got).detach()
+    if not torch.allclose(by, torch.ones(()), atol=1e-4):
+        at = by.flatten()[(by - 1).abs().argmax()]
+        raise Failed(
+            f"{what} moves by {at:.3g} in a place where the mean moves by 1: add the mean as it "
+            "is, and stretch nothing but the noise"
+        )
+    level = _level(0.0, -2.0, got.shape)
+    std = (candidate(level, _seeded()) / torch.randn(got.shape, generator=_seeded())).detach()
+    first, want = float(std.flatten()[0]), math.exp(-1)
+    same = torch.allclose(std, std.flatten()[0], rtol=1e-3)  # else the noise is another
+    if same and not math.isclose(first, want, rel_tol=1e-3):
+        raise Failed(
+            f"{what} has standard deviation {first:.3g} where the log variance is -2, expected "
+            f"{want:.3g}: the log of the standard deviation is half the log variance"
+        )
+
+
 @exercise(reference=DiagonalGaussian.sample)
 def sample(candidate):
     what, posterior = "sample(posterior, generator)", _posterior()
     mean, logvar = posterior.mean.requires_grad_(), posterior.logvar.requires_grad_()
     before = mean.detach().clone(), logvar.detach().clone()
-    got = candidate(posterior, _seeded())
+    got = _draw(candidate, posterior, what)
     same_shape(got, mean.shape, what)
     same_dtype(got, torch.float32, what)
     if got.isnan().any():
@@ -62,7 +102,11 @@ def sample(candidate):
     }
     refuse_mistakes(got, want, mistakes, what)
     if not torch.allclose(got, candidate(posterior, _seeded())):
-        raise Failed(f"{what} gives another draw for the same seed: hand on the generator")
+        raise Failed(
+            f"{what} gives another draw for the same seed: hand on the generator; the noise is "
+            "`torch.randn(..., generator=generator)` (`rsample` takes none)"
+        )
+    _diagnose_draw(candidate, got, posterior, what)
     close(got, want, what)
     slopes = [torch.zeros(())] * 2
     if got.requires_grad:
@@ -86,6 +130,11 @@ def kl(candidate):
     m, logvar = posterior.mean, posterior.logvar
     variance, axes = logvar.exp(), (1, 2, 3)
     got, want = candidate(posterior), DiagonalGaussian.kl(posterior)
+    if isinstance(got, torch.Tensor) and got.isnan().any():
+        raise Failed(
+            f"{what} is not a number in places: it takes the log variance for the variance, or for "
+            "the standard deviation; logvar may be negative, and has no logarithm or root"
+        )
     terms = 0.5 * (m**2 + variance - 1 - logvar)
     mistakes = {
         "is summed over the whole batch, expected one number for each image": want.sum(),
@@ -109,6 +158,14 @@ def kl(candidate):
         "takes the standard deviation where the variance belongs": (
             terms + 0.5 * (variance.sqrt() - variance)
         ).sum(axes),
+        "takes the log variance for the variance, which is its exponential": (
+            0.5 * (m**2 - 1).sum(axes)
+        ),
+        "takes the log variance for the standard deviation and squares it; the variance is its "
+        "exponential": (terms + 0.5 * (logvar.square() - variance)).sum(axes),
+        "takes the log variance for the standard deviation": (
+            0.5 * (m**2 + logvar.square() - 1 - logvar.square().log())
+        ).sum(axes),
         "squares the variance; only the mean is squared": (
             terms + 0.5 * (variance.square() - variance)
         ).sum(axes),
@@ -125,9 +182,16 @@ def kl(candidate):
     }
     refuse_mistakes(got, want, mistakes, what)
     same_shape(got, want.shape, what)
+    cases = {
+        (0.0, 0.0): "the standard normal, which costs nothing",
+        (1.0, 0.0): "only the mean is not that of the standard normal",
+        (0.0, -1.0): "only the variance is not that of the standard normal",
+    }
+    for (mean, log), case in cases.items():
+        one = _level(mean, log)
+        label = f"{what} of one value with mean {mean:g} and log variance {log:g} ({case})"
+        close(candidate(one)[0], one.kl()[0], label)
     close(got, want, what)
-    standard = DiagonalGaussian(torch.zeros(2, 8, 3, 3))
-    close(candidate(standard), torch.zeros(2), "kl of the standard normal")
 
 
 @exercise(reference=vae.latent_scale)
@@ -176,3 +240,5 @@ def latent_scale(candidate):
     number = torch.as_tensor(got).double().reshape(())
     refuse_mistakes(number, want, mistakes, what)
     close(number, want, what, rtol=1e-3)
+    if isinstance(got, torch.Tensor):
+        raise Failed(f"{what} has the right value, but is a tensor, expected a float: `float(...)`")

@@ -12,8 +12,8 @@
 #
 # **You will build**
 # - a draw from the distribution of latents that lets gradients through,
-# - the price of a latent: its KL divergence, and the two train a model with you,
-# - the scale that MAR needs its latents in, and what a wrong one does.
+# - the price of a latent, its KL divergence; you train a model with both,
+# - the scale that MAR expects its latents in, and what a wrong one does.
 #
 # **Reading** 25 min, **exercises** 20 min, **CPU** 40 s. **Needs** chapter 1 (tokens).
 
@@ -70,11 +70,11 @@ images, test = (
 versions, quality = [test[:4]], {}
 for channels in (1, 2, 4, 8, 16):
     plain = AutoencoderKL(**asdict(replace(small, z_channels=channels))).eval()
-    plain.start_linear(images)
+    plain.start_linear(images)  # no training: explained below
     with torch.no_grad():
-        made = plain.decode(plain.encode(test[:100]).mode())
+        made = plain.decode(plain.encode(test).mode())  # mode(): the latent without noise
     versions.append(made[:4])
-    quality[f"{channels}"] = psnr(data.denormalise(made), data.denormalise(test[:100])).mean()
+    quality[f"{channels}"] = float(psnr(data.denormalise(made), data.denormalise(test)).mean())
 
 # %%
 titles = ["image", *(f"{n}: {value:.1f} dB" for n, value in quality.items())]
@@ -84,17 +84,17 @@ figure = fig.image_grid(rows, columns=6, titles=titles, alt=alt)
 show(figure, "48 numbers of a patch replaced by 1, 2, 4, 8 or 16: likeness returns")
 
 # %% [markdown]
-# The number above a column is the **peak signal-to-noise ratio** (PSNR) over 100 test images, in
+# The number above a column is the **peak signal-to-noise ratio** (PSNR) over 500 test images, in
 # decibels (dB): each 10 dB more means a tenth of the squared error.
 #
-# These models have not been trained. Their numbers are **principal components**: the directions in
-# which patches differ most, found by linear algebra. No linear map can do better. It is this
-# course's addition, called `linear_path`: it stands beside the network, which then learns what it
-# lacks. The published model has no such path; it learns everything, on ImageNet.
+# These models have not been trained. `start_linear` set them to **principal components**: the
+# directions in which patches differ most, found by linear algebra. No linear map can do better.
+# This `linear_path` is the course's addition: it stands beside the network, which then learns what
+# it lacks. The published model has none; it learns everything, on ImageNet.
 #
 # Does training change the picture? The course's own experiment trained such models for 8 seconds
-# each, from three seeds (`make ablations`). A dot is a seed, the bar their mean and spread; here
-# seeds hardly differ.
+# each, from three seeds (`make ablations`). Small dots are seeds, the large one with the bar their
+# mean and spread.
 
 # %% tags=["claim"]
 runs = json.loads(path.read_text("utf-8"))["latent_channels"]["rows"]
@@ -103,10 +103,12 @@ figure = fig.error_bars(runs, xlabel="latent channels", ylabel="PSNR, dB", alt=a
 show(figure, "From 2 channels on each doubling brings the reconstructions closer")
 margin = min(min(b["seeds"]) - max(a["seeds"]) for a, b in pairwise(runs))
 print(f"twice the channels: at least {margin:.1f} dB more (claimed, from 2 on: more than 1.5)")
+print("dB gained:", {r["label"]: round(sum(r["seeds"]) / 3 - quality[r["label"]], 2) for r in runs})
 assert margin > 1.5, "expected 1.5 dB for each doubling"
 
 # %% [markdown]
-# It does not, yet: 8 seconds are some 30 steps, and the dots stand where linear algebra put them.
+# Hardly, from 4 channels on: 8 seconds are some 30 steps, and the dots stand where linear algebra
+# put them. With 2 channels, where most is missing, training gains about 1 dB.
 #
 # Why not 48 channels, then? Because MAR has to generate them all: the wider a latent, the harder
 # that is (chapter 1 compares widths of tokens).
@@ -118,7 +120,7 @@ assert margin > 1.5, "expected 1.5 dB for each doubling"
 
 # %%
 torch.manual_seed(seed)
-net = AutoencoderKL(**asdict(small)).eval()
+net = AutoencoderKL(**asdict(small)).eval()  # not trained, all weights drawn at random
 x = net.encoder.conv_in(test[:1])
 print(f"{'image':9} {tuple(test[:1].shape)}\n{'conv_in':9} {tuple(x.shape)}")
 for i, level in enumerate([*net.encoder.down, net.encoder.mid]):
@@ -158,8 +160,9 @@ with torch.no_grad():
 
 # %% [markdown]
 # 15: so one row and one column of zeros go to the right and below. `Upsample` repeats each value
-# in a 2x2 square and smooths with a 3x3 convolution. The package does both at once, with a
-# transposed convolution that needs 4 products for a value instead of 9. Is it the same?
+# in a 2x2 square and smooths with a 3x3 convolution. Of the 9 values that the convolution meets
+# only 4 differ, so the package adds the weights of equal ones first: 4 products instead of 9 (a
+# *transposed convolution*). Is it the same?
 
 # %%
 up = net.decoder.up[1].upsample
@@ -169,18 +172,19 @@ with torch.no_grad():
     print("largest difference:", f"{float((up(x) - two_steps).abs().max()):.1e}")
 
 # %% [markdown]
-# At the lowest resolution, `Middle` has attention between two residual blocks, so that each place
-# can look at every other one.
+# At the lowest resolution, `Middle` has **attention** between two residual blocks: each place takes
+# a weighted mean over all places (chapter 5).
 #
 # ## A latent is a distribution
 #
 # The encoder gives two numbers for each latent value: a mean $\mu$ and the logarithm of a variance,
-# $\log \sigma^2$. In training the decoder gets a draw from that normal distribution. The noise
-# forces it to treat neighbouring latents alike, so that the latents MAR will generate, never
-# exactly right, still decode well.
+# $\log \sigma^2$. This distribution of an image's latents is its **posterior**, here a
+# `DiagonalGaussian`: independent normals; `.mode()` is its mean. In training the decoder gets a
+# draw. The noise is there so that the latents MAR will generate, never exactly right, still decode
+# well.
 #
-# A draw as such has no derivative with respect to $\mu$ and $\sigma$. The **reparameterisation**
-# gives it one: draw $\epsilon$ from the standard normal, then shift and stretch it,
+# A draw has no derivative with respect to $\mu$ and $\sigma$. The **reparameterisation** gives it
+# one: draw $\epsilon$ from the standard normal, then stretch and shift it,
 #
 # $$z = \mu + \sigma \, \epsilon .$$
 #
@@ -306,13 +310,13 @@ for name, key, factor in (("squared error x 1000", "mse", 1000), ("KL, nats a va
     values = torch.tensor([s.terms[key] for s in steps]) * factor
     smooth = values.unfold(0, 10, 1).mean(1)  # over ten steps
     lines[name] = (range(10, len(steps) + 1), smooth)
-alt = "In 40 steps the KL divergence rises from 2.5 to 3.6 nats, and the squared error falls"
+alt = "The KL divergence rises from 2.5 to 3.8 nats in 40 steps and settles at 3.6; the error falls"
 figure = fig.curves(lines, xlabel="step", ylabel="mean of ten steps", alt=alt)
 show(figure, "The model spends nats to lower the error")
 
 # %% [markdown]
-# What has it learned? Compare with the start on test images: decoding the mean, and decoding a draw
-# as in training.
+# The error wanders, for a batch has only 16 images. What has the model learned? Compare with the
+# start on test images: decoding the mean, and decoding a draw as in training.
 
 # %% tags=["claim"]
 @torch.no_grad()
@@ -321,13 +325,16 @@ def measure(model):
     made = [model.decode(z) for z in (posterior.mode(), sample(posterior, generator))]
     truth = data.denormalise(test[:250])
     mean, draw = (float(psnr(data.denormalise(x), truth).mean()) for x in made)
+    pooled = 10 * math.log10(2**2 / float(F.mse_loss(made[1], test[:250])))
     nats = float(kl(posterior).mean()) / posterior.mean[0].numel()
-    return {"mean": mean, "draw": draw, "nats": nats, "logvar": float(posterior.logvar.mean())}
+    logvar = float(posterior.logvar.mean())
+    return {"mean": mean, "draw": draw, "pooled": pooled, "nats": nats, "logvar": logvar}
 
 
 before, after = measure(start), measure(trained)
-for name, result in (("start", before), ("trained", after)):
-    print(f"{name:8}", ", ".join(f"{key} {value:.2f}" for key, value in result.items()))
+for name, m in (("start", before), ("trained", after)):
+    print(f"{name}: mean {m['mean']:.2f} dB, draw {m['draw']:.2f} dB ({m['pooled']:.2f} dB of the "
+          f"mean error), {m['nats']:.2f} nats a value, log variance {m['logvar']:.2f}")
 gain = after["draw"] - before["draw"]
 print(f"a draw decodes better by {gain:.2f} dB (claimed: more than 1)")
 assert gain > 1.0, "expected draws to gain 1 dB"
@@ -344,10 +351,10 @@ assert gain > 1.0, "expected draws to gain 1 dB"
 # %%
 with torch.no_grad():
     columns = [test[:3]]
-    for net in (start, trained):
-        posterior = net.encode(test[:3])
-        drawn = net.decode(sample(posterior, generator))
-        columns += [drawn, 8 * (drawn - net.decode(posterior.mode()))]  # 0 is grey
+    for either in (start, trained):
+        posterior = either.encode(test[:3])
+        drawn = either.decode(sample(posterior, generator))
+        columns += [drawn, 8 * (drawn - either.decode(posterior.mode()))]  # 0 is grey
 rows = data.denormalise(torch.stack(columns, dim=1).flatten(0, 1))
 titles = ["image", "draw, before", "its noise x 8", "draw, trained", "its noise x 8"]
 alt = "Three images; before training draws differ from the mean by strong grain, after it by less"
@@ -358,9 +365,10 @@ show(figure, "Your draws: after training, less noise reaches the pixels")
 # ## When the latent says nothing
 #
 # What if the KL term weighs more? For the linear path you can compute it. The **energy** $\lambda$
-# of a component is its mean square over the patches. Keeping the component's squared error down to
-# $D$ takes at least $\tfrac12 \log(\lambda / D)$ nats. An error costs $D / P$ in the loss ($P = 48$
-# numbers a patch), a nat $w / C$ ($w$ the KL weight, $C = 16$ channels). The sum is smallest at
+# of a component is the mean square of the patches' coordinate along it. Keeping that coordinate's
+# squared error down to $D$ takes at least $\tfrac12 \log(\lambda / D)$ nats (rate-distortion
+# theory: Cover & Thomas 2006, section 10.3). An error costs $D / P$ in the loss ($P = 48$ numbers
+# a patch), a nat $w / C$ ($w$ the KL weight, $C = 16$ channels). The sum is smallest at
 #
 # $$D = \frac{w P}{2 C},$$
 #
@@ -396,7 +404,9 @@ assert abs(gap) < 0.5, "expected the nats of the formula"
 #
 # </details>
 #
-# And your trained model holds about as many nats as the formula says that it should.
+# And your trained model holds about as many nats as the formula says that it should. Compare the
+# formula's 33.5 dB with a draw's decibels *of the mean error*, above: the mean of the images' own
+# PSNR is higher, for images with a small error lift it.
 
 # %%
 weights = [10 ** (k / 4) for k in range(-20, 5)]
@@ -407,9 +417,9 @@ lines = {
     "channels alive / 4": (powers, [alive / 4 for _, alive, _ in curve]),
     "your training": ([-4.3, -3.7], [after["nats"]] * 2),
 }
-alt = "With a growing KL weight the nats fall to 0 and the channels collapse one by one"
+alt = "With a growing KL weight the nats fall to 0 and the channels collapse, the weakest first"
 figure = fig.curves(lines, xlabel="log10 of the KL weight", ylabel="nats, channels / 4", alt=alt)
-show(figure, "A growing KL weight silences one channel after the other")
+show(figure, "A growing KL weight silences the channels, the weakest first")
 
 # %% [markdown]
 # Theory for the linear path. Does a growing weight silence networks as well? The experiment again:
@@ -421,7 +431,8 @@ measures = {"kl": "nats a latent value", "seeds": "PSNR, dB"}
 titles = ("A growing KL weight silences the latents", "The pictures suffer later")
 for (key, label), title in zip(measures.items(), titles, strict=True):
     alt = f"{label} over the KL weight from {runs[0]['label']} to 1: it falls"
-    show(fig.error_bars(runs, key=key, xlabel="KL weight", ylabel=label, alt=alt), title)
+    xlabel = "KL weight (steps of 100, then of 10)"
+    show(fig.error_bars(runs, key=key, xlabel=xlabel, ylabel=label, alt=alt), title)
 ratio = min(runs[0]["kl"]) / max(runs[-1]["kl"])
 print(f"weight 1 leaves at most 1/{ratio:.0f} of the nats (claimed: less than 1/10)")
 assert ratio > 10, "expected a weight of 1 to leave less than a tenth of the nats"
@@ -451,6 +462,9 @@ alt = "A walk in latent space, the same as a cross-fade of pixels below it, and 
 rows = data.denormalise(torch.cat([walk, pixels, noise]))
 figure = fig.image_grid(rows, columns=7, alt=alt)
 show(figure, "A walk in latent space, a cross-fade of pixels, random latents")
+z = latents - latents.mean((0, 2, 3), keepdim=True)
+alike = float((z[..., 1:] * z[..., :-1]).mean() / z.square().mean())
+print(f"correlation of latent values with their right neighbours: {alike:.2f}")
 
 # %% tags=["claim"]
 with torch.no_grad():
@@ -466,9 +480,14 @@ assert likeness > 30, "expected halfway latents to be cross-fades"
 #
 # No. The walk (first row) is all but a cross-fade of the pixels (second row): most of the decoding
 # is done by the linear path, and a linear map takes a mean to the mean. The latent is a compressed
-# picture, not a meaning. Latents drawn at random decode to noise (third row).
+# picture, not a meaning.
 #
 # </details>
+#
+# Latents drawn from the standard normal decode to noise (third row), although the KL term pulls
+# towards it. At weight 0.0001 the pull is weak, and the term looks at each value on its own: in
+# latents of pictures neighbouring places go together (their correlation stands above), in such
+# draws they do not.
 #
 # That is why the autoencoder alone generates nothing: *which* latents make a picture is what MAR
 # learns.
@@ -479,12 +498,13 @@ assert likeness > 30, "expected halfway latents to be cross-fades"
 # deviation 1, more of it at each **timestep** $t$. How much is drowned at which $t$ depends on the
 # size of the latents. So they are multiplied by one number first, the **latent scale**: 1 / their
 # standard deviation over the training set. The published code multiplies by **0.2325**: so the
-# latents of its autoencoder, KL-16, had a standard deviation of 1 / 0.2325 = 4.30. The mean stays
-# where it is.
+# latents of its autoencoder, KL-16, had a standard deviation of 1 / 0.2325 = 4.30. No mean is
+# subtracted.
 #
 # > **Exercise 3** · difficulty 1 of 3 · importance 3 of 3 · 5 minutes
 # >
-# > Standard deviation means: the spread around the mean.
+# > Write the factor that gives all latent values together standard deviation 1. Do not assume that
+# > their mean is 0.
 
 # %%
 def latent_scale(latents: torch.Tensor) -> float:
@@ -555,24 +575,27 @@ print(f"half is noise at t = {half}: a factor of 2 moves it by {shift} (claimed:
 assert shift > 150, "expected a factor of 2 to move it by 150 timesteps"
 
 # %% [markdown]
-# The blue curve is an accident that happens: latents of your own autoencoder, of standard deviation
+# The blue curve shows an easy accident: latents of your own autoencoder, of standard deviation
 # 1, multiplied by the 0.2325 of another. Noise outweighs signal from $t = 138$ on.
 #
 # Does the sampler mind? Take the best denoiser there is: for latents from a normal distribution of
 # standard deviation $s$ it is a formula, so nothing needs training. Let it generate in 25 or 100
 # steps, and measure the spread that comes out, divided by $s$. `p_sample` takes one step from
 # timestep $t$ to the one before (chapter 3 explains it). *Predict first:* which harms more, latents
-# too small or latents too large?
+# 4 times too small or 4 times too large?
 
 # %%
-def spread(s: float, num_steps: int) -> float:
-    """Standard deviation of samples from an ideal denoiser, divided by what it should be."""
+def spread(s: float, num_steps: int, v: float = -1.0) -> float:
+    """Standard deviation of samples from an ideal denoiser, divided by what it should be.
+
+    v  how much noise a step adds, from -1 (the least variance of chapter 3) to 1 (the largest)
+    """
     diffusion = Diffusion(num_steps)  # so many of the 1000 timesteps
     x = torch.randn(50_000, 1, generator=generator)
     for t in reversed(range(num_steps)):
         signal = float(diffusion.alpha_bars[t])
         noise = math.sqrt(1 - signal) / (signal * s**2 + 1 - signal) * x    # the best guess of it
-        output = torch.cat([noise, -torch.ones_like(noise)], dim=1)         # the least variance
+        output = torch.cat([noise, torch.full_like(noise, v)], dim=1)
         x = diffusion.p_sample(output, x, t, torch.randn(x.shape, generator=generator))
     return float(x.std()) / s
 
@@ -585,6 +608,8 @@ figure = fig.curves(lines, xlabel="log2 of the latents' std", ylabel="spread / t
 show(figure, "Latents that are too small lose more than latents that are too large")
 for n, values in found.items():
     print(f"{n:3} steps:", "  ".join(f"{v:.3f}" for v in values), f" for std {stds}")
+more = ", ".join(f"{spread(s, 1000):.3f}" for s in (0.2325, 1, 4))
+print(f"1000 steps: {more} for 0.2325, 1, 4; 25, largest variance: {spread(1, 25, 1.0):.3f} for 1")
 by_2 = max(abs(found[100][i] - found[100][2]) for i in (1, 3))
 print(f"100 steps: wrong by 2 changes the spread by {by_2:.3f} (claimed: less than 0.035)")
 ratio = (1 - found[25][0]) / (1 - found[25][4])
@@ -594,15 +619,17 @@ assert by_2 < 0.035 and ratio > 1.3, "expected 2 to be forgiven, and small laten
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Too small. All come out too narrow, small ones most; with 100 steps a factor of 2 hardly matters
-# either way. So the honest answer: sampling itself forgives a scale wrong by 2, and more steps make
-# up for much. (One normal distribution and a perfect denoiser are a simple case; a network that has
-# to learn also does best where its inputs are of ordinary size.)
+# Too small. With 25 steps all come out too narrow, even standard deviation 1: few steps and the
+# least variance lose spread. 1000 steps nearly restore it; for 1, so does the largest variance.
+# Twice too large does no harm here, and with 100 steps a factor of 2 hardly matters either way. So
+# the honest answer: sampling itself forgives a scale wrong by 2, and more steps make up for much.
+# (One normal distribution and a perfect denoiser are a simple case. A network that has to learn may
+# mind more: not tested here.)
 #
 # </details>
 #
 # What is not forgiven is a scale that *changes* between training and sampling: samples are then
-# divided by another number than the latents were multiplied by. Below, by `x 2` one twice as large.
+# divided by another number than the latents were multiplied by; `x 2` below: by twice the right.
 
 # %% tags=["claim"]
 factors = (0.5, 1, 2, 4)
