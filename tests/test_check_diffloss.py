@@ -22,6 +22,9 @@ def strict(monkeypatch):
         (lambda x, shift, scale: x * (1 + shift) + scale, "for each other"),
         (lambda x, shift, scale: x * scale.exp() + shift, "exp\\(scale\\)"),  # < 10% where small
         (lambda x, shift, scale: x * (1 + scale), "leaves the shift out"),
+        (lambda x, shift, scale: x * (1 + scale + shift), "shift into the brackets"),
+        (lambda x, shift, scale: x * (1 + scale) - shift, "subtracts the shift"),
+        (lambda x, shift, scale: x.sum() + shift, r"scale, modulate\(x, shift, scale\)\[0, 0\] is"),
         (lambda x, shift, scale: x.mul_(1 + scale).add_(shift), "changed the x"),
         (lambda x, shift, scale: x * (1 + scale[0]) + shift[0], "first row's"),
     ],
@@ -68,6 +71,32 @@ class NoNorm(Base):
         return x + gate * self.mlp(diffloss.modulate(x, shift, scale))
 
 
+class NoNormPlain(Base):
+    """The same, written as a learner does: it rounds differently."""
+
+    def forward(self, x, y):
+        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
+        return x + gate * self.mlp(x * (1 + scale) + shift)
+
+
+class GatesInput(Base):
+    def forward(self, x, y):
+        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
+        return x + self.mlp(gate * (self.in_ln(x) * (1 + scale) + shift))
+
+
+class ModulatesOutput(Base):
+    def forward(self, x, y):
+        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
+        return x + gate * (self.mlp(self.in_ln(x)) * (1 + scale) + shift)
+
+
+class CutsRows(Base):
+    def forward(self, x, y):
+        shift, scale, gate = self.adaLN_modulation(y).chunk(3)
+        return x + gate * self.mlp(self.in_ln(x) * (1 + scale) + shift)
+
+
 class ScaleFirst(Base):
     def forward(self, x, y):
         scale, shift, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
@@ -108,6 +137,10 @@ class OtherNames(diffloss.ResBlock):
         (OnePlusGate, "multiplies by 1 \\+ gate"),
         (NormalisedResidual, "adds to the normalised x"),
         (NoNorm, "does not normalise x"),
+        (NoNormPlain, "does not normalise x.*in_ln is left out"),
+        (GatesInput, "gates what goes into the MLP"),
+        (ModulatesOutput, "modulates what comes out of the MLP"),
+        (CutsRows, r"cut the columns into shift, scale and gate.*chunk\(3, dim=-1\)"),
         (ScaleFirst, "the first third is the shift"),
         (GateFirst, "the order is shift, scale, gate"),
         (OtherEpsilon, "expected"),
@@ -138,6 +171,27 @@ def noise_left_behind(head, target, z, mask, *, t, noise):
     return head(target, z, t=t, noise=noise[: len(t)])
 
 
+def only_two_chosen(head, target, z, mask, *, t, noise):
+    x_t = target[mask] + noise  # what q_sample says without the types that tests enforce
+    return head.diffusion.loss(head.net(x_t, t, z[mask]), target[mask], x_t, t, noise)["loss"]
+
+
+def three_chosen(head, target, z, mask, *, t, noise):
+    target, t, noise = target[mask], t[mask], noise[mask]
+    x_t = head.diffusion.q_sample(target, t, noise)
+    return head.diffusion.loss(head.net(x_t, t, z), target, x_t, t, noise)["loss"].mean()
+
+
+def loss_turned_round(head, target, z, mask, *, t, noise):
+    target, z, t, noise = (rows[mask] for rows in (target, z, t, noise))
+    x_t = head.diffusion.q_sample(target, t, noise)
+    return head.diffusion.loss(head.net(x_t, t, z), x_t, target, t, noise)["loss"].mean()
+
+
+def dictionary(head, target, z, mask, *, t, noise):
+    return head.rows(target[mask], z[mask], t=t[mask], noise=noise[mask])
+
+
 def own_noise(head, target, z, mask, *, t, noise):
     return head(target, z, mask)
 
@@ -154,6 +208,12 @@ def own_noise(head, target, z, mask, *, t, noise):
         (clean_input, "clean target"),
         (noise_left_behind, "choose their rows by the mask"),
         (own_noise, "another number each time"),
+        (only_two_chosen, "choose the rows of all four"),
+        (three_chosen, "choose the rows of all four"),
+        (loss_turned_round, "x_t and target to the loss in the wrong order"),  # < 0.1%
+        (dictionary, "returns the whole dictionary; take its `loss`"),
+        (of_rows("loss", lambda rows, mask: rows[mask]), "a value for each token; expected their"),
+        (of_rows("loss", lambda rows, mask: rows[mask].mean().item()), "of type float"),
     ],
 )
 def test_masked_loss(wrong, message):
@@ -175,6 +235,10 @@ def all_of_it(output, cfg):
     return uncond + cfg * (cond - uncond)
 
 
+def every_variance(output, cfg):
+    return torch.cat([all_of_it(output, cfg)[:, :3], output[:, 3:]], dim=1)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -185,6 +249,11 @@ def all_of_it(output, cfg):
         (guided(lambda c, u, w: u + w * (c - u), lambda c, u: u), "unconditional rows' variance"),
         (guided(lambda c, u, w: c), "leaves the noise unguided"),
         (guided(lambda c, u, w: w * c), "multiplies the conditional noise"),
+        (guided(lambda c, u, w: u + w * c), "adds cfg times the whole conditional noise"),
+        (lambda output, cfg: diffloss.guide(output, cfg)[:, :3], "the variance is missing"),
+        (lambda output, cfg: diffloss.guide(output, cfg).roll(3, 1), "puts the variance first"),
+        (lambda output, cfg: all_of_it(output, cfg).repeat(2, 1), "as many rows as came in"),
+        (every_variance, "join N rows of noise"),
         (lambda output, cfg: diffloss.guide(output.flip(0), cfg).flip(0), "for each other"),
     ],
 )

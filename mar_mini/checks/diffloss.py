@@ -1,6 +1,11 @@
-"""Checks of chapter 4: adaLN, the block of the denoising MLP, the masked loss, guidance."""
+"""Checks of chapter 4: adaLN, the block of the denoising MLP, the masked loss, guidance.
+
+All of them calculate in float64, so that a mistake is known by its values even if it was written in
+another way than here, which rounds differently.
+"""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -11,14 +16,27 @@ from mar_mini.diffloss import DiffLoss
 
 
 def _normal(*shape: int, seed: int = 4, std: float = 1.0) -> Tensor:
-    return std * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return std * torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+@contextmanager
+def _fitting_sizes(what: str, idea: str) -> Iterator[None]:
+    """Add an idea to what torch says about sizes that do not fit; other errors pass as they are."""
+    try:
+        yield
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        if not any(word in str(error) for word in ("size", "shape", "dimension", "unpack")):
+            raise
+        raise Failed(f"{what} stops at sizes that do not fit; {idea} ({error})") from error
 
 
 @exercise(reference=diffloss.modulate)
 def modulate(candidate):
     for name, std in (("large", 1.0), ("small", 0.05)):
         x, shift, scale = _normal(5, 8), _normal(5, 8, seed=5, std=std), _normal(5, 8, std=std)
-        what = f"modulate(x, shift, scale) with a {name} shift and scale"
+        what = f"with a {name} shift and scale, modulate(x, shift, scale)"
         given = x.clone()
         got = candidate(given, shift, scale)
         same_shape(got, x.shape, what)
@@ -33,6 +51,10 @@ def modulate(candidate):
                 (x + shift) * (1 + scale)
             ),
             "takes shift and scale for each other": x * (1 + shift) + scale,
+            "puts the shift into the brackets; it is added after x is scaled": (
+                x * (1 + scale + shift)
+            ),
+            "subtracts the shift, expected + shift": x * (1 + scale) - shift,
             "leaves the shift out": x * (1 + scale),
             "leaves the scale out": x + shift,
             "multiplies by 1 - scale, expected 1 + scale": x * (1 - scale) + shift,
@@ -62,12 +84,18 @@ def _block_mistakes(block: diffloss.ResBlock, x: Tensor, y: Tensor) -> dict[str,
     return {
         "leaves the gate out: the MLP's output is multiplied by it": x + h,
         "leaves the residual connection out: x itself is added": gate * h,
+        "gates what goes into the MLP; the gate multiplies what comes out of it": (
+            x + block.mlp(gate * diffloss.modulate(normed, shift, scale))
+        ),
+        "modulates what comes out of the MLP; modulate what goes in": (
+            x + gate * diffloss.modulate(block.mlp(normed), shift, scale)
+        ),
         "gates x as well; the gate belongs to the MLP's output alone": gate * (x + h),
         "multiplies by 1 + gate, expected gate: with a gate of 0 the block must do nothing": (
             x + (1 + gate) * h
         ),
         "adds to the normalised x; the residual connection carries x as it came": normed + gate * h,
-        "does not normalise x before it is modulated": (
+        "does not normalise x before it is modulated: in_ln is left out": (
             x + gate * block.mlp(diffloss.modulate(x, shift, scale))
         ),
         "takes scale and shift for each other: the first third is the shift": (
@@ -86,9 +114,9 @@ def _block_mistakes(block: diffloss.ResBlock, x: Tensor, y: Tensor) -> dict[str,
 
 @exercise(reference=diffloss.ResBlock)
 def ResBlock(candidate):  # noqa: N802 - the name of the class that it checks
-    want_block = diffloss.ResBlock(8)
+    want_block = diffloss.ResBlock(8).double()
     _random_parameters(want_block)
-    block = candidate(8)
+    block = candidate(8).double()
     try:
         block.load_state_dict(want_block.state_dict())
     except RuntimeError as error:
@@ -97,7 +125,9 @@ def ResBlock(candidate):  # noqa: N802 - the name of the class that it checks
     for std in (1.0, 0.01):  # the small one sees the epsilon of the LayerNorm
         x, y = _normal(6, 8, seed=1, std=std), _normal(6, 8, seed=2).requires_grad_()
         what = "ResBlock.forward(x, y)"
-        got, want = block(x.clone(), y), want_block(x, y)
+        columns = "cut the columns into shift, scale and gate, (N, W) each: chunk(3, dim=-1)"
+        with _fitting_sizes(what, columns):
+            got, want = block(x.clone(), y), want_block(x, y)
         same_shape(got, want.shape, what)
         refuse_mistakes(got, want, _block_mistakes(want_block, x, y), what)
         close(got, want, what)
@@ -109,7 +139,7 @@ def ResBlock(candidate):  # noqa: N802 - the name of the class that it checks
 
 @exercise(reference=DiffLoss.forward)
 def masked_loss(candidate):
-    head = DiffLoss(3, 4, 1, 8)
+    head = DiffLoss(3, 4, 1, 8).double()
     _random_parameters(head)
     target, z, noise = _normal(12, 3, seed=1), _normal(12, 4, seed=2), _normal(12, 3, seed=3)
     t = torch.arange(12) * 80 + 40
@@ -117,11 +147,17 @@ def masked_loss(candidate):
         mask = torch.zeros(12, dtype=torch.bool)
         mask[hidden] = True
         what = f"masked_loss with {len(hidden)} of 12 tokens masked"
-        got, again = (candidate(head, target, z, mask, t=t, noise=noise) for _ in range(2))
-        if not torch.equal(torch.as_tensor(got), torch.as_tensor(again)):
+        with _fitting_sizes(what, "choose the rows of all four: target, z, t and noise"):
+            got, again = (candidate(head, target, z, mask, t=t, noise=noise) for _ in range(2))
+        if isinstance(got, dict):
+            raise Failed(f"{what} returns the whole dictionary; take its `loss`, and the mean")
+        if isinstance(got, Tensor) and got.ndim:
+            raise Failed(f"{what} has shape {tuple(got.shape)}, a value for each token; expected "
+                         "their mean, one number, shape ()")  # fmt: skip
+        same_shape(got, (), what)
+        if not torch.equal(got, again):
             raise Failed(f"{what} gives another number each time: use the t and noise given")
         want = head(target, z, mask, t=t, noise=noise)
-        same_shape(got, (), what)
         for idea, value in _loss_mistakes(head, target, z, mask, t, noise):
             refuse_mistakes(got, want, {idea: value}, what)
         close(got, want, what)
@@ -132,9 +168,9 @@ def masked_loss(candidate):
 def _loss_mistakes(head, target, z, mask, t, noise) -> Iterator[tuple[str, Tensor]]:
     rows = head.rows(target, z, t=t, noise=noise)
     loss, masked, count = rows["loss"], rows["loss"][mask], int(mask.sum())
-    clean = head.diffusion.loss(
-        head.net(target, t, z), target, head.diffusion.q_sample(target, t, noise), t, noise
-    )["loss"]
+    x_t = head.diffusion.q_sample(target, t, noise)
+    clean = head.diffusion.loss(head.net(target, t, z), target, x_t, t, noise)["loss"]
+    swapped = head.diffusion.loss(head.net(x_t, t, z), x_t, target, t, noise)["loss"]
     first = head.rows(target[mask], z[mask], t=t[:count], noise=noise[:count])
     own_t = head.rows(target[mask], z[mask], t=t[:count], noise=noise[mask])
     own_noise = head.rows(target[mask], z[mask], t=t[mask], noise=noise[:count])
@@ -153,6 +189,9 @@ def _loss_mistakes(head, target, z, mask, t, noise) -> Iterator[tuple[str, Tenso
         "shows the network the clean target; it must see the noisy one, from q_sample": (
             clean[mask].mean()
         ),
+        "hands x_t and target to the loss in the wrong order: loss(output, target, x_t, ...)": (
+            swapped[mask].mean()
+        ),
     }.items()
     for rows in (first, own_t, own_noise):
         yield idea, rows["loss"].mean()
@@ -166,7 +205,14 @@ def guide(candidate):
     noise_c, v_c, noise_u, v_u = cond[:, :3], cond[:, 3:], uncond[:, :3], uncond[:, 3:]
     for cfg in (3.0, 1.0, 0.0, 1.5):
         what, given = f"guide(output, {cfg})", output.clone()
-        got = candidate(given, cfg)
+        with _fitting_sizes(what, "join N rows of noise and the variance of the conditional rows"):
+            got = candidate(given, cfg)
+        if isinstance(got, Tensor) and got.shape == (5, 3):
+            raise Failed(f"{what} has shape (5, 3): the variance is missing; expected (5, 6), "
+                         "noise and variance side by side")  # fmt: skip
+        if isinstance(got, Tensor) and len(got) == 10:
+            raise Failed(f"{what} has shape {tuple(got.shape)}, as many rows as came in; expected "
+                         "(5, 6): a row for each pair, noise beside variance")  # fmt: skip
         same_shape(got, (5, 6), what)
         if not torch.equal(given, output):
             raise Failed(f"{what} changed the output it was given; compute a new tensor")
@@ -175,7 +221,7 @@ def guide(candidate):
         def with_noise(noise, v=v_c):
             return torch.cat([noise, v], dim=1)
 
-        pairs = output[0::2], output[1::2]
+        guided, pairs = noise_u + cfg * (noise_c - noise_u), (output[0::2], output[1::2])
         mistakes = {
             "starts from the conditional noise; start from the unconditional one, so that "
             "cfg = 1 is no guidance": with_noise(noise_c + cfg * (noise_c - noise_u)),
@@ -192,7 +238,11 @@ def guide(candidate):
                 uncond + cfg * (cond - uncond)
             ),
             "takes the unconditional rows' variance, expected the conditional rows'": (
-                with_noise(noise_u + cfg * (noise_c - noise_u), v_u)
+                with_noise(guided, v_u)
+            ),
+            "puts the variance first; the noise comes first": torch.cat([v_c, guided], dim=1),
+            "adds cfg times the whole conditional noise; add cfg times the difference": (
+                with_noise(noise_u + cfg * noise_c)
             ),
             "leaves the noise unguided": cond,
             "multiplies the conditional noise by cfg": with_noise(cfg * noise_c),
