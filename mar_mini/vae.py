@@ -39,7 +39,7 @@ class DiagonalGaussian:
 def latent_scale(latents: Float[Tensor, "N C H W"]) -> float:
     """The factor that gives latents a standard deviation of 1, over all of their values at once.
 
-    The mean stays where it is. For the published KL-16 over its training set it is 0.2325.
+    No mean is subtracted. For the published KL-16 over its training set it is 0.2325.
     """
     return 1.0 / float(latents.std())
 

@@ -143,7 +143,8 @@ def refuse_mistakes(got: object, want: object, mistakes: dict[str, object], what
 
 def _same(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and torch.allclose(a.double(), b.double())
+        # as close as `close` asks: another order of operations rounds otherwise
+        return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-5)
     return type(a) is type(b) and a == b
 
 
