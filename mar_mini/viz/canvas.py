@@ -19,7 +19,7 @@ from mar_mini.viz.figures import KNOWN, MASKED, PREDICTED, TARGET
 HERE = Path(__file__).parent
 STILL = 320  # pixels of the longer side of a still picture
 STYLE = {"description_width": "130px"}
-WIDE = ipywidgets.Layout(width="100%")
+WIDE = ipywidgets.Layout(width="auto")
 
 
 class TokenCanvas(anywidget.AnyWidget):
@@ -147,6 +147,7 @@ class Panel(ipywidgets.HBox):
 
     def __init__(self, canvas: TokenCanvas, controls: list[ipywidgets.Widget]):
         self.canvas = canvas
+        canvas.layout = ipywidgets.Layout(flex="0 1 450px", min_width="240px")
         layout = ipywidgets.Layout(flex="1 1 300px", max_width="460px", min_width="280px")
         super().__init__(
             [canvas, ipywidgets.VBox(controls, layout=layout)],
