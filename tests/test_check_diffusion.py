@@ -33,6 +33,14 @@ def single_steps(num_timesteps=1000):
     return kept / torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
 
 
+def signal_itself(after):
+    def cosine_alpha_bars(num_timesteps=1000):
+        u = torch.arange(num_timesteps, dtype=torch.float64) + after
+        return torch.cos((u / num_timesteps + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return cosine_alpha_bars
+
+
 def straight_line(num_timesteps=1000):
     return (1 - torch.linspace(1e-4, 0.02, num_timesteps, dtype=torch.float64)).cumprod(0)
 
@@ -46,6 +54,11 @@ def straight_line(num_timesteps=1000):
         (lambda n=1000: schedule(n, power=1), "lacks the square"),
         (single_steps, "1 - beta of each single step"),
         (lambda n=1000: 1 - single_steps(n), "holds betas"),
+        (lambda n=1000: (1 - single_steps(n)).cumprod(0), "multiplies the betas up"),
+        (lambda n=1000: single_steps(n).cumsum(0), "adds the 1 - beta up"),
+        (signal_itself(0), r"is s\(t / T\) itself"),
+        (signal_itself(1), r"is s\(\(t \+ 1\) / T\) itself"),
+        (lambda n=1000: schedule(n)[:-1], "u needs 11 values"),
         (lambda n=1000: 1 - schedule(n), "upside down"),
         (lambda n=1000: schedule(n).sqrt(), "is the root"),
         (straight_line, "straight line"),
@@ -70,6 +83,11 @@ def mix(signal, spread):
     return q_sample
 
 
+def no_column(diffusion, x0, t, noise):
+    a = diffusion.alpha_bars[t].float()
+    return a.sqrt() * x0 + (1 - a).sqrt() * noise
+
+
 def one_step(diffusion, x0, t, noise):
     beta = diffusion.at(diffusion.betas, t)
     return (1 - beta).sqrt() * x0 + beta.sqrt() * noise
@@ -86,6 +104,9 @@ def one_step(diffusion, x0, t, noise):
         (mix(lambda a: (1 - a) ** 0.5, lambda a: a**0.5), "wrong way round"),
         (mix(lambda a: 1.0, lambda a: (1 - a) ** 0.5), "without shrinking"),
         (mix(lambda a: a**0.5, lambda a: -((1 - a) ** 0.5)), "takes the noise away"),
+        (mix(lambda a: a**0.5, lambda a: a**0.5), "scales the noise like x0"),
+        (lambda d, x, t, e: d.q_sample(x, t, torch.randn_like(x)), "draws noise of its own"),
+        (no_column, r"not as a column \(6, 1\).*line 3 of no_column"),
         (one_step, "one step only"),
         (lambda d, x, t, e: d.q_sample(x, t[:1].expand(len(t)), e), "first row's level"),
         (lambda d, x, t, e: Diffusion().q_sample(x, t, e), "1000 levels of training"),
@@ -131,6 +152,23 @@ def halves_swapped(d, output, x_t, t, clip=None):
     return d.p_mean_variance(output.roll(2, 1), x_t, t, clip)
 
 
+def interleaved(d, output, x_t, t, clip=None):
+    return d.p_mean_variance(torch.cat([output[:, ::2], output[:, 1::2]], 1), x_t, t, clip)
+
+
+def halves_of_rows(d, output, x_t, t, clip=None):
+    noise, _ = output.chunk(2, dim=0)
+    return x_t - noise
+
+
+def looked_up_first(d, output, x_t, t, clip=None):
+    return x_t * d.at(d.log_betas, t).exp()
+
+
+def bound_needed(d, output, x_t, t, clip=None):
+    return d.p_mean_variance(output, x_t, t).x0.clamp(-clip, clip)
+
+
 def linear_mix(v, high, low):
     return torch.log((v + 1) / 2 * high.exp() + (1 - v) / 2 * low.exp())
 
@@ -141,7 +179,13 @@ def linear_mix(v, high, low):
         (with_x0(lambda x, e, a, s: x - s * e), "not divided by the root"),
         (with_x0(lambda x, e, a, s: (x + s * e) / a), "adds the noise"),
         (with_x0(lambda x, e, a, s: (x - s**2 * e) / a**2), "lacks the roots"),
+        (with_x0(lambda x, e, a, s: e), "is the output; that is the noise"),
         (halves_swapped, "takes v for the noise"),
+        (interleaved, "every other column"),
+        (halves_of_rows, r"chunk\(2, dim=1\).*line 3 of halves_of_rows"),
+        (bound_needed, "clip may be None"),
+        (looked_up_first, "for one t `diffusion.at` gives a float.*line 2 of looked_up_first"),
+        (lambda d, o, x, t, clip=None: Diffusion().p_mean_variance(o, x, t, clip), "1000 levels"),
         (lambda d, o, x, t, clip=None: d.p_mean_variance(o, x, t), "not bounded"),
         (
             reverse(
@@ -178,6 +222,7 @@ def linear_mix(v, high, low):
         (with_variance(linear_mix), "mix their logarithms"),  # off by less than 10%
         (with_variance(lambda v, high, low: v * high + (1 - v) * low), "uses v itself"),
         (with_variance(lambda v, high, low: (v + 1) / 2 * low + (1 - v) / 2 * high), "the ends"),
+        (with_variance(lambda v, high, low: v), "is v; that only says"),
         (with_variance(lambda v, high, low: high.expand_as(v)), "is log beta"),
         (with_variance(lambda v, high, low: low.expand_as(v)), "is the posterior's"),
         (reverse(lambda d, o, x, t, c, s: {"log_variance": s.log_variance / 2}), "half of what"),
@@ -215,6 +260,24 @@ def from_x_t(d, output, x_t, t, noise, temperature=1.0, clip=None):
     return x_t + temperature * std * noise
 
 
+def root_of_logarithm(d, output, x_t, t, noise, temperature=1.0, clip=None):
+    step = d.p_mean_variance(output, x_t, t, clip)
+    return step.mean + step.log_variance.sqrt() * noise
+
+
+def own_noise(d, output, x_t, t, noise, temperature=1.0, clip=None):
+    return d.p_sample(output, x_t, t, torch.randn_like(x_t), temperature, clip)
+
+
+def own_noise_for_none(d, output, x_t, t, noise, temperature=1.0, clip=None):
+    noise = torch.randn_like(x_t) if noise is None else noise
+    return d.p_sample(output, x_t, t, noise, temperature, clip)
+
+
+def only_x0(d, output, x_t, t, noise, temperature=1.0, clip=None):
+    return d.p_mean_variance(output, x_t, t, clip).x0
+
+
 def noise_needed(d, output, x_t, t, noise, temperature=1.0, clip=None):
     return d.p_sample(output, x_t, t, 1 * noise, temperature, clip)
 
@@ -232,7 +295,11 @@ def noise_needed(d, output, x_t, t, noise, temperature=1.0, clip=None):
         (drawn(lambda m, s, e, k: m + k * s * e, at_zero=False), "adds noise at t = 0"),
         (no_clip, "leaves the bound"),
         (from_x_t, "adds the noise to x_t"),
-        (noise_needed, "TypeError"),
+        (only_x0, "is the predicted x0"),
+        (root_of_logarithm, "is nan: log_variance is negative"),
+        (own_noise, "own; use the `noise` that is given"),
+        (own_noise_for_none, "own; None: inject nothing, return the mean"),
+        (noise_needed, "TypeError: None: inject nothing.*line 2 of noise_needed"),
     ],
 )
 def test_p_sample(wrong, message):
