@@ -326,4 +326,7 @@ def test_a_chapter_is_short_and_its_cells_too(source):
         cards = re.findall(r"(?m)^> \*\*Exercise \d\*\*.*minutes\n((?:>.*\n?)*)", "\n".join(text))
         assert len(cards) >= 3
         assert all(re.search(r"> \w|> `", card) for card in cards), "say what is to be done"
+        minutes = re.findall(r"\*\*Exercise \d\*\*.* (\d+) minutes", "\n".join(text))
+        (total,) = re.findall(r"\*\*exercises\*\* (\d+) min", text[0])
+        assert sum(map(int, minutes)) == int(total), "the cards' minutes, and the header's"
     assert not any("# fmt:" in cell for cell in code), "no word of a formatter to a learner"

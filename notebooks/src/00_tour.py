@@ -198,10 +198,11 @@ bar.close()
 print(f"{step.step} steps, {step.images_seen:,} images, {step.seconds:.0f} s")
 
 # %%
-smooth = torch.tensor(losses).unfold(0, 20, 5).mean(1)
+width = min(20, len(losses))
+smooth = torch.tensor(losses).unfold(0, width, 5).mean(1)
 fig.show(
     fig.curves(
-        {"loss, mean of 20 steps": (torch.arange(len(smooth)) * 5 + 10, smooth)},
+        {f"loss, mean of {width} steps": (torch.arange(len(smooth)) * 5 + width / 2, smooth)},
         xlabel="step", ylabel="loss", logy=True,
     )
 )

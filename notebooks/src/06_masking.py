@@ -15,7 +15,7 @@
 # - the number of tokens that each step predicts,
 # - an order of your own, and let a trained model generate in it.
 #
-# **Reading** 20 min, **exercises** 45 min, **CPU** 20 s. **Needs** chapters 1 (tokens) and 5
+# **Reading** 20 min, **exercises** 25 min, **CPU** 20 s. **Needs** chapters 1 (tokens) and 5
 # (encoder and decoder).
 
 # %%
