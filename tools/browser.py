@@ -119,3 +119,16 @@ def app(theme: str = "light", port: int = 8866) -> Iterator[str]:
     command = ("-m", "mar_mini", "app", "--theme", theme, "--port", str(port), "--", "--no-browser")
     with served(*command, folder=Path.cwd()) as url:
         yield url
+
+
+def drag(page, canvas, cells: list[tuple[int, int]], rows: int, columns: int) -> None:
+    """Draw with the mouse through the middles of these (x, y) cells of a canvas."""
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    width, height = box["width"] / columns, box["height"] / rows
+    first, *rest = [(box["x"] + (x + 0.5) * width, box["y"] + (y + 0.5) * height) for x, y in cells]
+    page.mouse.move(*first)
+    page.mouse.down()
+    for place in rest:
+        page.mouse.move(*place, steps=4)
+    page.mouse.up()

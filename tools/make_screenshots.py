@@ -18,18 +18,6 @@ SPIRAL = [(0, 0), (7, 0), (7, 7), (0, 7), (0, 2), (5, 2), (5, 5), (2, 5), (2, 4)
 HOLE = [(2, 0), (3, 0), (3, 1), (2, 1)]
 
 
-def drag(page, number: int, cells: list[tuple[int, int]], side: int) -> None:
-    """Draw with the mouse through the middles of these (x, y) cells of a canvas."""
-    box = page.locator(".mar-grid").nth(number).bounding_box()
-    at = [(box["x"] + (x + 0.5) * box["width"] / side, box["y"] + (y + 0.5) * box["height"] / side)
-          for x, y in cells]  # fmt: skip
-    page.mouse.move(*at[0])
-    page.mouse.down()
-    for place in at[1:]:
-        page.mouse.move(*place, steps=12)
-    page.mouse.up()
-
-
 def take(theme: str, path: Path) -> None:
     """Use the page as a visitor would, and keep what it looks like then."""
     with driver.app(theme) as url, driver.browser() as browser:
@@ -39,12 +27,12 @@ def take(theme: str, path: Path) -> None:
                                timeout=90_000)  # fmt: skip
         page.get_by_label("order", exact=True).first.select_option("drawn by hand")
         page.wait_for_timeout(500)
-        drag(page, 0, SPIRAL, 8)
+        driver.drag(page, page.locator(".mar-grid").nth(0), SPIRAL, 8, 8)
         page.get_by_role("button", name="Generate", exact=True).click()
         page.wait_for_function("() => document.querySelectorAll('.mar-grid')[1].dataset.step > 9",
                                timeout=60_000)  # fmt: skip
         page.get_by_role("button", name="Stop", exact=True).first.click()
-        drag(page, 2, HOLE, 4)
+        driver.drag(page, page.locator(".mar-grid").nth(2), HOLE, 4, 4)
         page.wait_for_timeout(500)
         picture = Image.open(io.BytesIO(page.screenshot(full_page=True)))
     small = picture.convert("RGB").quantize(128, dither=Image.Dither.NONE)

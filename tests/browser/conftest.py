@@ -44,19 +44,3 @@ def seen_states(canvas, rows, columns):
     """What a canvas shows of each token: 0, 1, 2 by its colour, None for a picture's."""
     colours = canvas.evaluate(SEEN, [rows, columns])
     return [COLOURS.index(colour) if colour in COLOURS else None for colour in colours]
-
-
-def drag(page, canvas, cells, rows, columns):
-    """Draw with the mouse through the middles of these (x, y) cells."""
-    canvas.scroll_into_view_if_needed()
-    box = canvas.bounding_box()
-
-    def to(cell):
-        return (box["x"] + (cell[0] + 0.5) * box["width"] / columns,
-                box["y"] + (cell[1] + 0.5) * box["height"] / rows)  # fmt: skip
-
-    page.mouse.move(*to(cells[0]))
-    page.mouse.down()
-    for cell in cells[1:]:
-        page.mouse.move(*to(cell), steps=4)
-    page.mouse.up()

@@ -6,7 +6,8 @@ from pathlib import Path
 import anywidget
 import browser as driver
 import pytest
-from conftest import drag, seen_states
+from browser import drag
+from conftest import seen_states
 
 from mar_mini import masking
 from mar_mini.viz import canvas as canvas_module

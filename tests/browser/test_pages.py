@@ -6,7 +6,8 @@ import time
 import browser as driver
 import jupytext
 import pytest
-from conftest import drag, seen_states
+from browser import drag
+from conftest import seen_states
 
 CELLS = """\
 # %%
