@@ -89,6 +89,7 @@ def test(fast: bool = False) -> int:
         # the learners' notebooks as they are handed out: unsolved, from first cell to last
         nbval = ["--nbval-lax", "--nbval-cell-timeout=900", "-o", "filterwarnings=", "notebooks"]
         steps.insert(2, [*python, "pytest", "-q", *nbval, "--ignore=notebooks/solutions"])
+        steps.insert(3, [*python, "mar_mini", "course"])  # the solved ones, strictly
     for command in steps:
         print("+", " ".join(command[1:]), flush=True)
         status = subprocess.call(command, cwd=REPO)
