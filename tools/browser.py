@@ -21,6 +21,7 @@ RUN_JUPYTER = (
 KNOWN_MESSAGES = (
     "of shared singleton module",  # Voila's JupyterLab is older than the one installed
     "No satisfying version",
+    "Comm not found for comm id",  # JupyterLab asks for widgets of before while cells make new ones
     "Failed to load resource",  # noted with its address instead
     "willReadFrequently",  # advice that concerns the tests, which read colours back
 )

@@ -1,7 +1,9 @@
 """The widgets in JupyterLab and on their page: every control, pressed as a reader would."""
 
 import re
+import shutil
 import time
+from pathlib import Path
 
 import browser as driver
 import jupytext
@@ -9,6 +11,7 @@ import pytest
 from browser import drag
 from conftest import seen_states
 
+REPO = Path(__file__).resolve().parents[2]
 CELLS = """\
 # %%
 from mar_mini.viz import GenerationTheatre, Inpainter, MaskOrderExplorer
@@ -52,13 +55,18 @@ class Lab:
     def open(self, url, name, canvases):
         self.page.goto(url.replace("/lab?", f"/lab/tree/{name}?"))
         self.page.wait_for_function(READY, timeout=90_000)
-        # not awaited: it ends when all cells have
-        self.page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells'); }")
+        self.page.evaluate(
+            """async () => {
+              const panel = jupyterapp.shell.currentWidget;
+              await Promise.all([panel.context.ready, panel.revealed]);
+              jupyterapp.commands.execute("notebook:run-all-cells");  // ends when all cells have
+            }"""
+        )
         self.page.wait_for_function(
             "(count) => document.querySelectorAll('.mar-grid').length === count", arg=canvases,
-            timeout=120_000,
+            timeout=180_000,
         )  # fmt: skip
-        self.page.wait_for_function(READY, timeout=120_000)
+        self.page.wait_for_function(READY, timeout=180_000)
 
     def python(self, expression):
         """The value of an expression in the kernel."""
@@ -87,17 +95,23 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab(chromium, tmp_path_factory):
+def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     notebook = jupytext.reads(CELLS, fmt="py:percent")
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
     jupytext.write(notebook, folder / "widgets.ipynb")
+    shutil.copy(REPO / "notebooks" / "06_masking.ipynb", folder)
     with driver.lab(folder) as url:
-        page, faults = driver.new_page(chromium, width=1300, height=2300)
-        opened = Lab(page, faults)
-        opened.open(url, "widgets.ipynb", canvases=3)
-        yield opened
-        page.close()
+        yield url
+
+
+@pytest.fixture(scope="module")
+def lab(chromium, server):
+    page, faults = driver.new_page(chromium, width=1300, height=2300)
+    opened = Lab(page, faults)
+    opened.open(server, "widgets.ipynb", canvases=3)
+    yield opened
+    page.close()
 
 
 @pytest.fixture(autouse=True)
@@ -231,6 +245,19 @@ def test_closing_a_widget_ends_its_generation(lab):
     lab.python("(theatre.start(), theatre.close())")
     assert not lab.python("theatre._generation.running")
     assert lab.page.locator(".mar-grid").count() == 2
+
+
+def test_a_chapter_with_widgets_runs_to_its_end(chromium, server):
+    page, faults = driver.new_page(chromium, height=9000)
+    chapter = Lab(page, faults)
+    chapter.open(server, "06_masking.ipynb", canvases=2)
+    chapter.until("'drawn' in globals()", 120)
+    states = chapter.python("explorer.canvas.states()")
+    assert seen_states(chapter.grid(1), 4, 4) == states
+    assert chapter.python("bool((drawn == explorer.order).all())")  # what the model painted in
+    assert page.locator(".jp-RenderedText[data-mime-type*=error]").count() == 0
+    assert faults == []
+    page.close()
 
 
 def test_the_page_needs_no_code_no_other_host_and_a_token(chromium):
