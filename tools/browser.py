@@ -71,15 +71,17 @@ def new_page(browser, width: int = 1280, height: int = 1000, scheme: str = "ligh
 
 
 @contextmanager
-def served(*command: str, folder: Path, seconds: float = 90) -> Iterator[str]:
+def served(*command: str, folder: Path, seconds: float = 90, **variables: str) -> Iterator[str]:
     """Run `python COMMAND` in a folder until it prints an address with a token; yields that.
+
+    variables  of its environment
 
     Raises RuntimeError with what it printed if it does not.
     """
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, cwd=folder,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **variables, "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
         try:
             yield address(process, log, seconds)
@@ -106,10 +108,14 @@ def address(process: subprocess.Popen, log, seconds: float) -> str:
 
 @contextmanager
 def lab(folder: Path) -> Iterator[str]:
-    """JupyterLab on a folder, with the course's settings; yields its address."""
-    with served(
+    """JupyterLab on a folder, with the course's settings; yields its address.
+
+    It knows nothing of what was open when, and leaves nothing in the user's settings.
+    """
+    with tempfile.TemporaryDirectory() as fresh, served(
         "-c", RUN_JUPYTER, "jupyterlab", "--no-browser", "--allow-root", "--port=0",
         "--expose-app-in-browser", "--notebook-dir", str(folder), folder=folder,
+        JUPYTER_CONFIG_DIR=fresh, JUPYTERLAB_WORKSPACES_DIR=fresh, JUPYTERLAB_SETTINGS_DIR=fresh,
     ) as url:  # fmt: skip
         yield url
 

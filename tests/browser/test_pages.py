@@ -53,7 +53,7 @@ class Lab:
         self.page, self.faults = page, faults
 
     def open(self, url, name, canvases):
-        self.page.goto(url.replace("/lab?", f"/lab/tree/{name}?"))
+        self.page.goto(url.replace("/lab?", f"/lab/tree/{name}?reset&"))
         self.page.wait_for_function(READY, timeout=90_000)
         self.page.evaluate(
             """async () => {
