@@ -16,7 +16,18 @@ from torch import Tensor, nn
 from mar_mini.configs import Config, MARConfig, SamplingConfig, VAEConfig
 from mar_mini.data import data_dir
 from mar_mini.files import write_atomically
+from mar_mini.foreign import read
 from mar_mini.mar import MAR
+from mar_mini.published import (
+    FILES,
+    LATENT_SCALE,
+    fetch,
+    identify,
+    load_autoencoder,
+    load_mar,
+    misfit,
+    sha256,
+)
 from mar_mini.sampling import Frame, evaluating, sample
 from mar_mini.vae import AutoencoderKL
 
@@ -115,19 +126,25 @@ class Pipeline:
 def load_pretrained(name: str | Path) -> Pipeline:
     """A trained model by name, or from a folder that `Pipeline.save` wrote.
 
-    name  a bundled model; a bare word is always one of these, write `./mine` for a folder
+    name  a bundled model, or mar_base, mar_large or mar_huge, fetched from the Hugging Face Hub;
+          a bare word is always one of these, write `./mine` for a folder
 
     Raises ValueError for an unknown name (lists those which exist), a damaged file, or weights
-    that do not fit the configuration (names the keys).
+    that do not fit the configuration (names the keys); FileNotFoundError if nothing can be fetched.
     """
     weights, folder = data_dir() / "weights", Path(name)
     if os.fspath(name) == folder.name:
         folder = weights / folder
     if not (folder / "config.json").is_file():
+        if os.fspath(name) == "kl16":
+            raise ValueError("kl16 is an autoencoder and paints nothing; use load_autoencoder()")
+        if os.fspath(name) in FILES:
+            return load_published(fetch(os.fspath(name)), os.fspath(name))
         bundled = sorted(path.parent.name for path in weights.glob("*/config.json"))
         raise ValueError(
             f"no trained model {str(name)!r}; expected one of: {', '.join(bundled) or '(none)'}, "
-            "or the path of a folder with config.json and mar.safetensors, such as ./mine"
+            "or the path of a folder with config.json and mar.safetensors, such as ./mine; "
+            f"published, and fetched once: {', '.join(file for file in FILES if file != 'kl16')}"
         )
     try:
         card = json.loads((folder / "config.json").read_text())
@@ -146,6 +163,58 @@ def load_pretrained(name: str | Path) -> Pipeline:
     if vae is not None:
         load_weights(vae, folder / "vae.safetensors")
     return pipeline
+
+
+def load_published(
+    path: str | Path,
+    config: str | Config | None = None,
+    *,
+    vae: str | Path | None = None,
+    raw: bool = False,
+) -> Pipeline:
+    """Published weights from a file, with the published latent scale, no bound, numbers as classes.
+
+    path    .safetensors with the published names, or the authors' checkpoint-last.pth, which is
+            read without running anything
+    config  preset that it must be of (or a Config with tokens of 0.2325 * latents); found if None
+    vae     kl16.safetensors or kl16.ckpt; fetched if None
+    raw     take a checkpoint's raw weights in place of their average
+
+    Raises ValueError if a file is damaged, would run code, or is of another model (says of which);
+    FileNotFoundError if the autoencoder cannot be fetched.
+    """
+    mar, config = load_mar(path, config, raw)
+    return Pipeline(
+        mar, load_autoencoder(vae, config), LATENT_SCALE, config.sampling.clip,
+        [str(label) for label in range(mar.class_num)], config.sampling,
+        {"preset": config.name, "source": Path(path).name, "raw": raw},
+    )  # fmt: skip
+
+
+def convert(
+    path: str | Path,
+    folder: str | Path,
+    config: str | Config | None = None,
+    *,
+    vae: str | Path | None = None,
+    raw: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Published weights to a folder that `load_pretrained` reads; arguments of `load_published`.
+
+    dtype  of the files; float32 keeps every bit
+
+    The card, which names the sources with their sha256, is written last: a folder is whole or no
+    model at all. Raises as `load_published`, and ValueError if the folder holds a model already.
+    """
+    path, folder = Path(path), Path(folder)
+    if (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds a model already; choose another folder, or remove it")
+    config = identify(read(path, "model" if raw else "model_ema"), path, config)
+    vae = fetch("kl16") if vae is None else Path(vae)
+    pipeline = load_published(path, config, vae=vae, raw=raw)
+    pipeline.card.update(sha256=sha256(path), vae=vae.name, vae_sha256=sha256(vae))
+    return pipeline.save(folder, config, dtype)
 
 
 def check_config(model: nn.Module, kind: type[nn.Module], config, name: str) -> None:
@@ -188,24 +257,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
         state = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); restore it, or train again") from error
-    own = model.state_dict()
-    problems = {
-        "missing": [key for key in own if key not in state],
-        "unexpected": [key for key in state if key not in own],
-        "of another shape": [
-            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in own
-            if key in state and state[key].shape != own[key].shape
-        ],
-    }
-    found = [
-        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for what, keys in problems.items()
-        if keys
-    ]
+    own = {key: value.shape for key, value in model.state_dict().items()}
+    found = misfit(own, {key: value.shape for key, value in state.items()})
     if found:
         raise ValueError(
-            f"{path} does not fit this {type(model).__name__}: {'; '.join(found)}; "
+            f"{path} does not fit this {type(model).__name__}: {found}; "
             "build the model from the configuration that the weights were trained with"
         )
     model.load_state_dict(state)

@@ -320,8 +320,9 @@ def sample(
     """Sample images of the classes asked for and write them as one PNG.
 
     Args:
-        model: bundled model, or a folder that `train` wrote.
-        labels: one class an image; all classes once by default.
+        model: bundled model, mar_base, mar_large or mar_huge (fetched once), or a folder that
+            `train` or `convert` wrote.
+        labels: one class an image; the first ten classes by default.
         out: the PNG.
         filmstrip: another PNG: the first of them, growing token by token.
         num_iter: autoregressive steps; this and the next three are the model's defaults if left
@@ -347,7 +348,7 @@ def sample(
     }  # fmt: skip
     given = {k: v for k, v in given.items() if v is not None}
     settings = {**(FAST if fast else {}), **given}
-    chosen = list(labels) or list(range(len(pipeline.classes)))
+    chosen = list(labels) or list(range(min(10, len(pipeline.classes))))
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(len(chosen))]
     steps = pipeline.sample(chosen, order=order, generator=generators, **settings)
     total = num_iter or pipeline.defaults.num_iter
@@ -363,11 +364,39 @@ def sample(
     return 0
 
 
+def convert(
+    file: tyro.conf.Positional[Path],
+    out: Path,
+    config: str | None = None,
+    vae: Path | None = None,
+    raw: bool = False,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> int:
+    """Turn published weights into a folder that `sample` and `evaluate` take.
+
+    Args:
+        file: .safetensors with the published names, or the authors' checkpoint-last.pth.
+        out: the folder; it must not hold a model.
+        config: preset that the file must be of; found out if left out.
+        vae: kl16.safetensors or kl16.ckpt; fetched from the Hugging Face Hub if left out.
+        raw: a checkpoint's raw weights in place of their average.
+        dtype: of the weights in the folder; bfloat16 halves it.
+    """
+    import torch
+
+    from mar_mini.checkpoints import convert
+
+    folder = convert(file, out, config, vae=vae, raw=raw, dtype=getattr(torch, dtype))
+    print(f"saved in {folder}: config.json, mar.safetensors, vae.safetensors")
+    return 0
+
+
 def main() -> None:
     """Run one command; a message instead of a traceback for input that cannot be right."""
     commands = {
         "course": course, "lab": lab, "lab-reset": lab_reset, "app": app, "test": test,
         "train": train, "sample": sample, "data": data, "doctor": doctor, "evaluate": evaluate,
+        "convert": convert,
     }  # fmt: skip
     try:
         status = tyro.extras.subcommand_cli_from_dict(commands, prog="mar-mini")

@@ -28,7 +28,8 @@ def cosine_alpha_bars(num_timesteps: int = NUM_TIMESTEPS) -> Float[Tensor, " T"]
 
     returns  (T,) float64, falling from almost 1 to almost 0; no single step removes more than 99.9%
     """
-    u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    # on the CPU even where a model is built without memory: these numbers are not loaded later
+    u = torch.arange(num_timesteps + 1, dtype=torch.float64, device="cpu") / num_timesteps
     signal = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     betas = (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
     return (1 - betas).cumprod(0)
@@ -60,7 +61,7 @@ class Diffusion:
             )
         self.num_steps = num_steps
         self.timestep_map = torch.tensor(
-            [round(k * last / (num_steps - 1)) for k in range(num_steps)]
+            [round(k * last / (num_steps - 1)) for k in range(num_steps)], device="cpu"
         )
         self.alpha_bars = alpha_bars = cosine_alpha_bars()[self.timestep_map]
         previous = torch.cat([alpha_bars.new_ones(1), alpha_bars[:-1]])

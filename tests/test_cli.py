@@ -53,6 +53,7 @@ def test_the_autoencoder_alone(tmp_path):
         (["train", "--config", "kl16"], "no MAR to train"),
         (["train", "--config", "cifar10", "--data", "digits"], "made for 32x32 pixels"),
         (["sample", "nothing"], "no trained model 'nothing'; expected one of: cifar10"),
+        (["sample", "mar_base"], "mar-base.safetensors could not be had from the Hugging Face Hub"),
         (["sample", "digits", "--labels", "12"], "label 12 is out of range"),
         (["sample", "digits", "--num-iter", "17"], "num_iter is 17; expected 1 to 16"),
         (["sample", "digits", "--order", "zigzag"], "unknown order 'zigzag'"),
