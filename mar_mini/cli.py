@@ -154,6 +154,52 @@ def evaluate(
     return 0
 
 
+def info(
+    preset: tyro.conf.Positional[str],
+    batch_size: int = 16,
+    num_iter: int | None = None,
+    num_sampling_steps: int | None = None,
+    cfg: float | None = None,
+    tflops: float | None = None,
+    gb_per_s: float | None = None,
+    us_per_operation: float = 5.0,
+    memory_gb: float | None = None,
+    here: bool = False,
+    bf16: bool = False,
+) -> int:
+    """Say what a preset is made of, and what memory and time it takes to train and to sample.
+
+    Nothing is built and nothing is run: it is all computed from the sizes.
+
+    Args:
+        preset: name of the preset.
+        batch_size: images of a training step on one device, and of one sampling.
+        num_iter: autoregressive steps; this and the next two are the preset's if left out.
+        num_sampling_steps: diffusion steps.
+        cfg: guidance weight, 1 for none.
+        tflops: how many TFLOP/s of matrix products the device reaches; with it come times.
+        gb_per_s: how many GB/s it reads and writes.
+        us_per_operation: microseconds that it takes to start an operation.
+        memory_gb: memory of the device; says which batch fits.
+        here: measure these numbers on this machine first, for a second.
+        bf16: times of bfloat16 products instead of float32.
+    """
+    import torch
+
+    from mar_mini.configs import get_config
+    from mar_mini.info import Use, describe
+    from mar_mini.planning import available_memory
+    from mar_mini.rates import device_rates
+
+    config, dtype = get_config(preset), "bfloat16" if bf16 else "float32"
+    rates = device_rates(tflops, gb_per_s, us_per_operation, here, getattr(torch, dtype))
+    memory = memory_gb * 1e9 if memory_gb is not None else available_memory() if here else None
+    use = Use(batch_size, num_iter, num_sampling_steps, cfg, rates, memory, dtype)
+    for line in describe(config, use):
+        print(line)
+    return 0
+
+
 def doctor() -> int:
     """Say what this machine has and which bundled files are whole."""
     from mar_mini.doctor import findings
@@ -367,6 +413,7 @@ def main() -> None:
     commands = {
         "course": course, "lab": lab, "lab-reset": lab_reset, "app": app, "test": test,
         "train": train, "sample": sample, "data": data, "doctor": doctor, "evaluate": evaluate,
+        "info": info,
     }  # fmt: skip
     try:
         status = tyro.extras.subcommand_cli_from_dict(commands, prog="mar-mini")

@@ -6,14 +6,14 @@ kept apart: those of products, which a device moves while it multiplies, and tho
 element by element, which do little but move. Names of sizes: B images, N rows of tokens, D width.
 """
 
-import math
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass, replace
 from itertools import pairwise
 
 from mar_mini.configs import MARConfig, VAEConfig
 from mar_mini.diffloss import TimestepEmbedder
 from mar_mini.diffusion import NUM_TIMESTEPS
-from mar_mini.masking import masked_after
+from mar_mini.masking import masked_after, mean_mask_ratio
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Work:
 
     def __rmul__(self, times: float) -> "Work":
         return Work(*(times * a for a in astuple(self)))
+
+
+def total(phases: Iterable[tuple[str, Work]]) -> Work:
+    return sum((work for _, work in phases), Work())
 
 
 def linear(rows: float, inputs: int, outputs: int, size: int) -> Work:
@@ -97,7 +101,7 @@ def decoder(mar: MARConfig, batch: float, known: float, wanted: float, size: int
     dim, n = mar.decoder_embed_dim, mar.buffer_size + tokens_of(mar)
     hidden = int(dim * mar.mlp_ratio)
     work = linear(batch * (mar.buffer_size + known), mar.encoder_embed_dim, dim, size)
-    work += elementwise(batch * n * dim, 9, size, 5)           # mask tokens, scatter, cat, add, norm
+    work += elementwise(batch * n * dim, 9, size, 5)      # mask tokens, scatter, cat, add, norm
     if mar.decoder_depth:
         work += (mar.decoder_depth - 1) * block(batch, n, dim, hidden, size)
         work += block(batch, n, dim, hidden, size, wanted)
@@ -221,8 +225,8 @@ def vae_decode(vae: VAEConfig, batch: float, side: int, size: int) -> Work:
 def sampling_work(
     mar: MARConfig, vae: VAEConfig | None, *, batch: int, num_iter: int, num_sampling_steps: int,
     guided: bool, size: int = 4,
-) -> dict[str, Work]:  # fmt: skip
-    """The work of making `batch` images, by part: encoder, decoder, head, autoencoder.
+) -> list[tuple[str, Work]]:  # fmt: skip
+    """The work of making `batch` images, phase by phase, each with the part that does it.
 
     In each iteration the encoder sees the known tokens, the decoder all of them, and the head runs
     `num_sampling_steps` times on those that the iteration predicts. With guidance everything but
@@ -231,34 +235,26 @@ def sampling_work(
     Raises ValueError for a number of iterations that does not fit the number of tokens.
     """
     length, rows = tokens_of(mar), batch * (2 if guided else 1)
-    parts = {"encoder": Work(), "decoder": Work(), "head": Work()}
-    left = length
+    phases, left = [], length
     for masked in masked_after(length, num_iter):
         known, predicted, left = length - left, left - masked, masked
-        parts["encoder"] += encoder(mar, rows, known, size)
-        parts["decoder"] += decoder(mar, rows, known, predicted, size)
-        parts["head"] += head_conditions(mar, rows * predicted, num_sampling_steps, size)
         step = head_mlp(mar, rows * predicted, size)
         step += elementwise(batch * predicted * token_width(mar), 40, 4, 20)  # the reverse step
-        parts["head"] += num_sampling_steps * step
+        conditions = head_conditions(mar, rows * predicted, num_sampling_steps, size)
+        phases += [
+            ("encoder", encoder(mar, rows, known, size)),
+            ("decoder", decoder(mar, rows, known, predicted, size)),
+            ("head", conditions + num_sampling_steps * step),
+        ]
     if vae is not None:
-        parts["autoencoder"] = vae_decode(vae, batch, mar.img_size, size)
-    return parts
-
-
-def mean_mask_ratio(mask_ratio_min: float, std: float = 0.25) -> float:
-    """Mean of `masking.sample_mask_ratio`: a normal around 1, cut off above 1 and below that."""
-    if mask_ratio_min == 1:
-        return 1.0
-    lowest = (mask_ratio_min - 1) / std
-    density = (1 - math.exp(-(lowest**2) / 2)) / math.sqrt(2 * math.pi)
-    return 1 - std * density / (-math.erf(lowest / math.sqrt(2)) / 2)
+        phases.append(("autoencoder", vae_decode(vae, batch, mar.img_size, size)))
+    return phases
 
 
 def training_work(
     mar: MARConfig, batch: int, *, parameters: int, masked: float | None = None, size: int = 4
-) -> dict[str, Work]:
-    """The work of a training step on latents that are there already, by part.
+) -> list[tuple[str, Work]]:
+    """The work of a training step on latents that are there already, phase by phase.
 
     parameters  of the MAR
     masked      tokens to predict of each image; the mean of the mask ratio if None
@@ -274,21 +270,23 @@ def training_work(
     known, predicted = length - masked, batch * masked
     rows, width = mar.diffusion_batch_mul * predicted, mar.diffloss_w
     timesteps = min(rows, NUM_TIMESTEPS)
-    forward = {
-        "encoder": encoder(mar, batch, known, size),
-        "decoder": decoder(mar, batch, known, masked, size),
-        "head": head_conditions(mar, predicted, timesteps, size) + head_mlp(mar, rows, size)
-        + elementwise(rows * token_width(mar), 60, 4, 60),                  # noise, loss
-    }  # fmt: skip
     channels, sinusoids = token_width(mar), TimestepEmbedder.num_sinusoids
-    data = (linear(batch * known, channels, mar.encoder_embed_dim, size)
-            + linear(rows, channels, width, size) + linear(timesteps, sinusoids, width, size))  # fmt: skip
-    total = sum(forward.values(), Work())
-    work = {**forward, "backward": 2 * total + -1 * data}
-    if mar.grad_checkpointing:
-        work["again"] = repeated(mar, batch, known, masked, rows, size)
-    work["update"] = elementwise(parameters, 13, 4, 30)
-    return work
+    forward = [
+        ("encoder", encoder(mar, batch, known, size)),
+        ("decoder", decoder(mar, batch, known, masked, size)),
+        ("head", head_conditions(mar, predicted, timesteps, size) + head_mlp(mar, rows, size)
+         + elementwise(rows * channels, 60, 4, 60)),                        # noise, loss
+    ]  # fmt: skip
+    data = (
+        linear(batch * known, channels, mar.encoder_embed_dim, size)
+        + linear(rows, channels, width, size) + linear(timesteps, sinusoids, width, size)
+    )  # fmt: skip
+    backward = 2 * total(forward) + -1 * data
+    again = [("again", repeated(mar, batch, known, masked, rows, size))]
+    return [
+        *forward, *(again if mar.grad_checkpointing else ()), ("backward", backward),
+        ("update", elementwise(parameters, 13, 4, 30)),
+    ]  # fmt: skip
 
 
 def repeated(mar: MARConfig, batch: int, known: float, masked: float, rows: float, size) -> Work:
