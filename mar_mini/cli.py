@@ -195,8 +195,7 @@ def info(
     rates = device_rates(tflops, gb_per_s, us_per_operation, here, getattr(torch, dtype))
     memory = memory_gb * 1e9 if memory_gb is not None else available_memory() if here else None
     use = Use(batch_size, num_iter, num_sampling_steps, cfg, rates, memory, dtype)
-    for line in describe(config, use):
-        print(line)
+    print("\n".join(describe(config, use)))
     return 0
 
 
@@ -350,7 +349,7 @@ def summary_writer(folder: Path):
 
 
 def sample(
-    model: Annotated[str, tyro.conf.Positional],
+    model: Annotated[str | None, tyro.conf.Positional] = None,
     labels: tuple[int, ...] = (),
     out: Path = Path("samples.png"),
     filmstrip: Path | None = None,
@@ -361,12 +360,16 @@ def sample(
     order: str = "random",
     seed: int = 0,
     fast: bool = False,
+    config: str | None = None,
+    random_weights: bool = False,
+    bf16: bool = False,
 ) -> int:
     """Sample images of the classes asked for and write them as one PNG.
 
     Args:
-        model: bundled model, or a folder that `train` wrote.
-        labels: one class an image; all classes once by default.
+        model: bundled model, or a folder that `train` wrote; or none, but --config and
+            --random-weights.
+        labels: one class an image; by default all classes once, with random weights the first.
         out: the PNG.
         filmstrip: another PNG: the first of them, growing token by token.
         num_iter: autoregressive steps; this and the next three are the model's defaults if left
@@ -377,6 +380,9 @@ def sample(
         order: order of the tokens, by name.
         seed: decides everything that is random.
         fast: approximate, several times faster; benchmarks/README.md says what it costs.
+        config: instead of a model, a preset, whose weights are random.
+        random_weights: yes, they are, and what comes out is noise: it shows what sampling takes.
+        bf16: weights and products in bfloat16, in half of the memory.
     """
     import torch
     from tqdm import tqdm
@@ -385,19 +391,34 @@ def sample(
     from mar_mini.sampling import FAST
     from mar_mini.viz import figures
 
-    pipeline = load_pretrained(model)
     given = {
         "num_iter": num_iter, "num_sampling_steps": num_sampling_steps, "cfg": cfg,
         "temperature": temperature,
     }  # fmt: skip
     given = {k: v for k, v in given.items() if v is not None}
     settings = {**(FAST if fast else {}), **given}
+    if config is not None or random_weights or model is None:
+        if config is None or not random_weights or model is not None or fast:
+            raise ValueError(
+                "expected a trained model (mar-mini sample digits), or, without one and without "
+                "--fast, a preset and the word that its weights are random (mar-mini sample "
+                "--config mar_base --random-weights)"
+            )
+        labels = labels or (0,)
+        pipeline = random_pipeline(config, len(labels), given, seed, bf16)
+    else:
+        pipeline = load_pretrained(model)
+    if bf16:
+        pipeline.mar.bfloat16()
     chosen = list(labels) or list(range(len(pipeline.classes)))
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(len(chosen))]
     steps = pipeline.sample(chosen, order=order, generator=generators, **settings)
     total = num_iter or pipeline.defaults.num_iter
+    start = time.perf_counter()
     frames = list(tqdm(steps, total=total, desc="sampling", unit="step"))
     images = frames[-1].images()
+    if random_weights:
+        print(f"sampled in {time.perf_counter() - start:.1f} s; the picture is noise")
     titles = [pipeline.classes[label] for label in chosen]
     columns = min(8, len(images))
     figures.save_figure(figures.image_grid(images, columns=columns, titles=titles), out)
@@ -406,6 +427,31 @@ def sample(
         figures.save_figure(figures.filmstrip(frames), filmstrip)
         print(f"wrote {filmstrip}: {titles[0]}, step by step")
     return 0
+
+
+def random_pipeline(config: str, batch_size: int, given: dict, seed: int, bf16: bool):
+    """A preset with random weights, once it is said what sampling it takes, and if that is there.
+
+    given  settings of `sample`; what is missing is the preset's
+    """
+    import torch
+
+    from mar_mini.checkpoints import untrained
+    from mar_mini.configs import get_config
+    from mar_mini.info import si
+    from mar_mini.planning import available_memory, plan_sampling
+    from mar_mini.rates import measure_rates
+
+    preset, dtype = get_config(config), "bfloat16" if bf16 else "float32"
+    memory, phases = plan_sampling(preset, batch_size, dtype, available_memory(), **given)
+    kind = getattr(torch, dtype)
+    seconds = sum(measure_rates(kind).by_part(phases).values())
+    print(f"{config} with random weights, {batch_size} images in {dtype}: predicted {seconds:.1f} "
+          f"s and {si(memory)}B")  # fmt: skip
+    start = time.perf_counter()
+    pipeline = untrained(preset, seed, kind)
+    print(f"built in {time.perf_counter() - start:.1f} s", flush=True)
+    return pipeline
 
 
 def main() -> None:

@@ -1,12 +1,12 @@
 """What `mar-mini info` says about a preset: its parts, and what training and sampling take."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
 from mar_mini import costs, planning
 from mar_mini.configs import Config, MARConfig, VAEConfig
-from mar_mini.diffusion import Diffusion
 from mar_mini.planning import SIZES
 from mar_mini.rates import Rates
 
@@ -91,22 +91,22 @@ def amounts(phases: list[tuple[str, costs.Work]], use: Use) -> Iterator[str]:
     seconds = use.rates.by_part(phases) if use.rates else {}
     for name, work in (*parts.items(), ("together", costs.total(phases))):
         took = "" if not seconds else f"{seconds.get(name, sum(seconds.values())):>14.3f} s"
-        yield f"  {name:<14}{si(work.flops):>10}FLOP{took}"
+        yield f"  {name:<14}{si(work.flops) + 'FLOP' if work.flops else '-':>14}{took}"
 
 
 def si(number: float) -> str:
     """Three digits and a prefix: 1.32 T."""
-    for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if number < 999.5:
-            break
-        number /= 1000
-    return f"{number:.{max(0, 2 - len(str(int(number))) + 1)}f} {prefix}"
+    power = 0
+    while number >= 999.5:
+        number, power = number / 1000, power + 1
+    digits = 0 if number >= 99.95 else 1 if number >= 9.995 else 2
+    return f"{number:.{digits}f} {' kMGTPEZ'[power].strip()}"
 
 
 def fitting(name: str, memory: Callable[[int], dict[str, float]], use: Use) -> Iterator[str]:
     """One way to do it: its memory at that batch, and the batch that fits."""
     need = memory(use.batch_size)
-    line = f"  {name:<32}{si(sum(need.values())):>6}B"
+    line = f"  {name:<34}{si(sum(need.values())) + 'B':>7}"
     if use.memory:
         most = planning.largest_batch(lambda batch: sum(memory(batch).values()), use.memory)
         line += f", batch {most} fits in {si(use.memory)}B"
@@ -131,12 +131,11 @@ def sampling(config: Config, use: Use) -> Iterator[str]:
     """A sampling with the preset's settings or those asked for."""
     own = config.sampling
     num_iter = own.num_iter if use.num_iter is None else use.num_iter
-    num_steps = use.num_sampling_steps or own.num_sampling_steps
+    num_steps = own.num_sampling_steps if use.num_sampling_steps is None else use.num_sampling_steps
     cfg = own.cfg if use.cfg is None else use.cfg
-    Diffusion(num_steps)  # refuses an impossible number
-    work = costs.sampling_work(
-        config.mar, config.vae, batch=use.batch_size, num_iter=num_iter,
-        num_sampling_steps=num_steps, guided=cfg != 1, size=SIZES[use.dtype],
+    _, work = planning.plan_sampling(
+        config, use.batch_size, use.dtype, math.inf, num_iter=num_iter,
+        num_sampling_steps=num_steps, cfg=cfg,
     )  # fmt: skip
     yield (f"\nsampling, {use.batch_size} images ({num_iter} iterations, {num_steps} diffusion "
            f"steps, {f'guidance {cfg:g}' if cfg != 1 else 'no guidance'})")  # fmt: skip

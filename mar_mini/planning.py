@@ -2,20 +2,25 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 
 import psutil
 import torch
 from torch import nn
 
 from mar_mini.configs import PRESETS, Config, MARConfig, VAEConfig
-from mar_mini.costs import token_width, tokens_of
+from mar_mini.costs import Work, sampling_work, token_width, tokens_of
+from mar_mini.diffloss import TimestepEmbedder
+from mar_mini.diffusion import NUM_TIMESTEPS, Diffusion
 from mar_mini.mar import MAR
 from mar_mini.masking import mean_mask_ratio, tokens_per_step
 from mar_mini.vae import AutoencoderKL
 
 SIZES = {"float32": 4, "bfloat16": 2}  # bytes of a value
+LOSS = 14  # values that the loss keeps for each value of a token
 
 
+@cache
 def parts(config: Config) -> dict[str, dict[str, int]]:
     """Parameters of a preset by model and part; it is built without memory, on the meta device."""
     with torch.device("meta"):
@@ -129,7 +134,8 @@ def activations(mar: MARConfig, batch: int, *, masked: float | None = None, size
     rows, width = mar.diffusion_batch_mul * masked * batch, mar.diffloss_w
     one = rows * head_activations(width, size, gpu)
     kept += mar.diffloss_d * (size * rows * width if mar.grad_checkpointing else one)
-    kept += rows * (7 * size * width + 26 * 4 * token_width(mar))  # condition, last layer, loss
+    kept += rows * (7 * size * width + LOSS * 4 * token_width(mar))   # condition, last layer
+    kept += size * min(rows, NUM_TIMESTEPS) * (2 * width + TimestepEmbedder.num_sinusoids)
     return kept + (max(*whole, one) if mar.grad_checkpointing else 0.0)
 
 
@@ -180,6 +186,32 @@ def largest_batch(memory: Callable[[int], float], limit: float) -> int:
 def available_memory() -> float:
     """Bytes that a new process can have before others must give some up."""
     return float(psutil.virtual_memory().available)
+
+
+def plan_sampling(
+    config: Config, batch: int, dtype: str, available: float, *, num_iter: int | None = None,
+    num_sampling_steps: int | None = None, cfg: float | None = None, **_,
+) -> tuple[float, list[tuple[str, Work]]]:  # fmt: skip
+    """Bytes at the peak of a sampling, and its work; settings that are None are the preset's.
+
+    available  bytes that there are
+
+    Raises ValueError for settings that cannot be, and if the memory is not there, with what would
+    fit.
+    """
+    if config.mar is None:
+        raise ValueError(f"preset {config.name!r} has no MAR to sample; choose one that has")
+    own = config.sampling
+    num_iter = own.num_iter if num_iter is None else num_iter
+    num_steps = own.num_sampling_steps if num_sampling_steps is None else num_sampling_steps
+    guided = (own.cfg if cfg is None else cfg) != 1
+    Diffusion(num_steps)  # refuses an impossible number
+    phases = sampling_work(
+        config.mar, config.vae, batch=batch, num_iter=num_iter, num_sampling_steps=num_steps,
+        guided=guided, size=SIZES[dtype],
+    )  # fmt: skip
+    settings = {"batch": batch, "num_iter": num_iter, "guided": guided}
+    return check_memory(config, dtype, available, **settings), phases
 
 
 def check_memory(config: Config, dtype: str, available: float, **settings) -> float:
