@@ -192,6 +192,8 @@ def info(
     from mar_mini.rates import device_rates
 
     config, dtype = get_config(preset), "bfloat16" if bf16 else "float32"
+    if memory_gb is not None and memory_gb <= 0:
+        raise ValueError(f"memory-gb is {memory_gb}; expected more than 0")
     rates = device_rates(tflops, gb_per_s, us_per_operation, here, getattr(torch, dtype))
     memory = memory_gb * 1e9 if memory_gb is not None else available_memory() if here else None
     use = Use(batch_size, num_iter, num_sampling_steps, cfg, rates, memory, dtype)

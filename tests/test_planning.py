@@ -1,16 +1,18 @@
 """What a model takes: formulas against counters, predictions against runs."""
 
+import re
 import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
 
 import pytest
+import scaling
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mar_mini import MAR, AutoencoderKL, generate, get_config
+from mar_mini import MAR, AutoencoderKL, cli, generate, get_config
 from mar_mini.checkpoints import untrained
 from mar_mini.configs import PRESETS, TrainingConfig, VAEConfig
 from mar_mini.costs import Work, sampling_work, total, training_work, vae_decode, vae_encode
@@ -397,3 +399,73 @@ def test_the_report_follows_the_use():
 )
 def test_numbers_with_prefixes(number, text):
     assert si(number) == text
+
+
+# The page ----------------------------------------------------------------------------------------
+
+
+def test_the_page_is_what_the_formulas_say():
+    assert scaling.PAGE.read_text() == scaling.page(), "run: python tools/scaling.py"
+
+
+def test_hours_of_the_page_by_hand():
+    """MAR-L: 512,466,800 images; all but a percent of the work are the products of the blocks.
+
+    A block has 24 D^2 FLOPs a row and 4 N D for the attention; N is 64 + 34 and 64 + 256. A head
+    block has 10 W^2 a row, 888 rows an image. The last decoder block computes 222 rows of all.
+    """
+    d, w, masked = 1024, 1280, 256 * mean_mask_ratio(0.7)
+    encoder = 16 * (320 - masked) * (24 * d**2 + 4 * (320 - masked) * d)
+    decoder = 15 * 320 * (24 * d**2 + 4 * 320 * d) + 320 * 4 * d**2 + masked * 20 * d**2
+    head = 4 * masked * (8 * 10 * w**2 + 4 * w**2)
+    seconds = 3 * (encoder + decoder + head) * 1_281_167 * 400 / (0.4 * 989e12)
+    (hours,) = re.findall(r"`mar_large` \| 478.*\| (\d+) \| \d+ \|\n", scaling.page())
+    assert int(hours) == pytest.approx(seconds / 3600, rel=0.02)
+
+
+# The command line --------------------------------------------------------------------------------
+
+
+def command(*arguments) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "mar_mini", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+def test_sampling_with_random_weights(tmp_path):
+    few = ["--random-weights", "--num-iter", 2, "--num-sampling-steps", 2]
+    done = command("sample", "--config", "cifar10", *few, "--out", tmp_path / "noise.png")
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"cifar10 with random weights, 1 images in float32: predicted [\d.]+ s and "
+                    r"[\d.]+ MB\n", done.stdout)  # fmt: skip
+    assert "the picture is noise" in done.stdout and "noise.png: class 0" in done.stdout
+    assert (tmp_path / "noise.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda: cli.sample(), "expected a trained model .*, or, without one"),
+        (lambda: cli.sample(config="digits"), "the word that its weights are random"),
+        (lambda: cli.sample("digits", random_weights=True), "expected a trained model"),
+        (lambda: cli.sample(config="digits", random_weights=True, fast=True), "without --fast"),
+        (lambda: cli.sample(config="kl16", random_weights=True), "'kl16' has no MAR to sample"),
+        (lambda: cli.sample(config="mar_huge", random_weights=True, labels=(0,) * 20_000),
+         "20000 images of 'mar_huge' in float32 need"),
+        (lambda: cli.info("mar_hug"), "unknown preset 'mar_hug'; expected one of: digits"),
+        (lambda: cli.info("mar_huge", num_iter=300), "num_iter is 300; expected 1 to 256"),
+        (lambda: cli.info("mar_huge", memory_gb=-1), "memory-gb is -1; expected more than 0"),
+    ],
+)
+def test_commands_that_cannot_be(run, message, capsys):
+    with pytest.raises(ValueError, match=message):
+        run()
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_info_measures_this_machine():
+    done = command("info", "digits", "--here", "--batch-size", 3)
+    assert done.returncode == 0, done.stderr
+    assert "a training step, 3 images" in done.stdout and "fits in" in done.stdout
+    assert re.search(r"together +[\d.]+ MFLOP +\d\.\d{3} s\n", done.stdout)
