@@ -445,11 +445,12 @@ def random_pipeline(config: str, batch_size: int, given: dict, seed: int, bf16: 
     from mar_mini.rates import measure_rates
 
     preset, dtype = get_config(config), "bfloat16" if bf16 else "float32"
-    memory, phases = plan_sampling(preset, batch_size, dtype, available_memory(), **given)
+    steps = {k: v for k, v in given.items() if k != "temperature"}
+    memory, phases = plan_sampling(preset, batch_size, dtype, available_memory(), **steps)
     kind = getattr(torch, dtype)
     seconds = sum(measure_rates(kind).by_part(phases).values())
-    print(f"{config} with random weights, {batch_size} images in {dtype}: predicted {seconds:.1f} "
-          f"s and {si(memory)}B")  # fmt: skip
+    print(f"{config} with random weights, a batch of {batch_size} in {dtype}: predicted "
+          f"{seconds:.1f} s and {si(memory)}B")  # fmt: skip
     start = time.perf_counter()
     pipeline = untrained(preset, seed, kind)
     print(f"built in {time.perf_counter() - start:.1f} s", flush=True)

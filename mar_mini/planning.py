@@ -54,6 +54,8 @@ def sampling_memory(
 ) -> dict[str, float]:
     """Bytes at the peak of sampling: weights, and what the hungriest phase needs beside them.
 
+    Not in it is the process itself: Python and torch, 0.3 GB before the model is built.
+
     mlp          rows of a block that are alive in its MLP: input, residual, norm (D each), and the
                  hidden layer before and after GELU
     head         rows of the denoising MLP: about ten tensors of its width
@@ -190,7 +192,7 @@ def available_memory() -> float:
 
 def plan_sampling(
     config: Config, batch: int, dtype: str, available: float, *, num_iter: int | None = None,
-    num_sampling_steps: int | None = None, cfg: float | None = None, **_,
+    num_sampling_steps: int | None = None, cfg: float | None = None,
 ) -> tuple[float, list[tuple[str, Work]]]:  # fmt: skip
     """Bytes at the peak of a sampling, and its work; settings that are None are the preset's.
 
@@ -237,7 +239,7 @@ def check_memory(config: Config, dtype: str, available: float, **settings) -> fl
     if others:
         fits.append(f"one of the presets {', '.join(others)}")
     raise ValueError(
-        f"{settings['batch']} images of {config.name!r} in {dtype} need {need / 1e9:.2f} GB of "
-        f"memory, {available / 1e9:.2f} GB are available; what would fit: "
+        f"sampling {settings['batch']} at a time from {config.name!r} in {dtype} needs "
+        f"{need / 1e9:.2f} GB of memory, {available / 1e9:.2f} GB are available; what would fit: "
         f"{'; '.join(fits) or 'nothing here'}"
     )
