@@ -181,7 +181,7 @@ def info(
         gb_per_s: how many GB/s it reads and writes.
         us_per_operation: microseconds that it takes to start an operation.
         memory_gb: memory of the device; says which batch fits.
-        here: measure these numbers on this machine first, for a second.
+        here: measure these numbers on this machine's CPU first, for a second.
         bf16: times of bfloat16 products instead of float32.
     """
     import torch
@@ -196,7 +196,7 @@ def info(
         raise ValueError(f"memory-gb is {memory_gb}; expected more than 0")
     rates = device_rates(tflops, gb_per_s, us_per_operation, here, getattr(torch, dtype))
     memory = memory_gb * 1e9 if memory_gb is not None else available_memory() if here else None
-    use = Use(batch_size, num_iter, num_sampling_steps, cfg, rates, memory, dtype)
+    use = Use(batch_size, num_iter, num_sampling_steps, cfg, rates, memory, dtype, gpu=not here)
     print("\n".join(describe(config, use)))
     return 0
 

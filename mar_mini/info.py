@@ -19,6 +19,7 @@ class Use:
     rates       of the device, None if no times are asked for
     memory      bytes that the device has, None if nothing is to fit
     dtype       of the products whose times are told, "float32" or "bfloat16"
+    gpu         whether the device of the training is one, where attention is fused
     """
 
     batch_size: int = 16
@@ -28,6 +29,7 @@ class Use:
     rates: Rates | None = None
     memory: float | None = None
     dtype: str = "float32"
+    gpu: bool = True
 
 
 def describe(config: Config, use: Use) -> Iterator[str]:
@@ -123,7 +125,7 @@ def training(mar: MARConfig, count: int, use: Use) -> Iterator[str]:
     for name, size in (("float32", 4), ("bfloat16 autocast", 2)):
         for checkpointing in (False, True):
             way = replace(mar, grad_checkpointing=checkpointing)
-            memory = partial(planning.training_memory, way, count=count, size=size)
+            memory = partial(planning.training_memory, way, count=count, size=size, gpu=use.gpu)
             yield from fitting(name + ", checkpointing" * checkpointing, memory, use)
 
 

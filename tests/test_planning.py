@@ -6,9 +6,11 @@ import sys
 import time
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import scaling
 import torch
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -176,6 +178,35 @@ def test_time_of_sampling(preset, changes, batch, num_iter, num_sampling_steps, 
         pipeline.generate([0] * batch, **settings)
         seconds.append(time.process_time() - begin)
     predicted, measured = sorted(predicted)[1], sorted(seconds)[1]
+    print(f"\n{preset}: predicted {predicted:.2f} s, measured {measured:.2f} s")
+    assert 1 / 1.5 < predicted / measured < 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "changes", "batch"),
+    [("cifar10_latents", {}, 32),
+     ("mar_base", {"encoder_depth": 1, "decoder_depth": 1, "diffloss_d": 1}, 2)],
+)  # fmt: skip
+def test_time_of_training(preset, changes, batch, one_thread):
+    mar = replace(get_config(preset).mar, **changes)
+    model, side = MAR(**asdict(mar)), mar.img_size // mar.vae_stride
+    count = sum(p.numel() for p in model.parameters())
+    work = training_work(mar, batch, parameters=count)
+    training = train_mar(
+        model, torch.randn(batch, mar.vae_embed_dim, side, side),
+        torch.zeros(batch, dtype=torch.long),
+        TrainingConfig(batch_size=batch, max_steps=5, precision="float32"),
+    )  # fmt: skip
+    predicted, seconds = [], []
+    for _ in range(5):
+        if len(predicted) < 3:
+            rates = measure_rates(clock=time.process_time)
+            predicted.append(sum(rates.by_part(work).values()))
+        begin = time.process_time()
+        next(training)
+        seconds.append(time.process_time() - begin)
+    predicted, measured = sorted(predicted)[1], sorted(seconds)[2]
     print(f"\n{preset}: predicted {predicted:.2f} s, measured {measured:.2f} s")
     assert 1 / 1.5 < predicted / measured < 1.5
 
@@ -443,6 +474,18 @@ def test_sampling_with_random_weights(tmp_path):
                     r"[\d.]+ MB\n", done.stdout)  # fmt: skip
     assert "the picture is noise" in done.stdout and "noise.png: class 0" in done.stdout
     assert (tmp_path / "noise.png").exists()
+
+
+def test_a_trained_model_in_bfloat16(tmp_path, capsys):
+    """Of the same seed almost the same picture, and not the same to the bit."""
+    pictures = []
+    for bf16 in (False, True):
+        path = tmp_path / f"{bf16}.png"
+        assert cli.sample("digits", labels=(3,), num_iter=4, bf16=bf16, out=path) == 0
+        with Image.open(path) as picture:
+            pictures.append(np.asarray(picture.convert("L"), dtype=float))
+    difference = abs(pictures[0] - pictures[1])
+    assert 0 < difference.max() < 128 and difference.mean() < 4
 
 
 @pytest.mark.parametrize(
