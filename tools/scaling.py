@@ -34,8 +34,8 @@ formulas in `mar_mini/costs.py` and `mar_mini/planning.py`, which `mar-mini info
 any batch and device. What is tested of them, on a CPU (`tests/test_planning.py`): FLOPs equal those
 of PyTorch's counter; what the backward pass needs is within 6% of what autograd keeps in float32;
 time and memory of sampling and the time of a training step are within a factor of 1.5 of runs. The
-terms for fused attention and bfloat16 autocast on GPUs are derived from what the operators keep, and
-were not tried.
+terms for fused attention and bfloat16 autocast on GPUs are derived from what the operators keep,
+and were not tried.
 
 A multiply-add is two FLOPs; GB are 10^9 bytes. The recipe is the paper's: {epochs} epochs of
 {images:,} images, batch {batch}, in bfloat16 autocast, on latents that are there already.
