@@ -217,6 +217,31 @@ def convert(
     return pipeline.save(folder, config, dtype)
 
 
+def untrained(config: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> Pipeline:
+    """A preset's models with random weights: it samples as a trained one does, and makes noise.
+
+    dtype  of the weights; they are drawn in it, so that no float32 copy is ever there
+
+    Raises ValueError if the preset has no MAR.
+    """
+    if config.mar is None:
+        raise ValueError(f"preset {config.name!r} has no MAR to sample; choose one that has")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            mar = MAR(**asdict(config.mar)).eval()
+            vae = AutoencoderKL(**asdict(config.vae)).eval() if config.vae else None
+    finally:
+        torch.set_default_dtype(before)
+    return Pipeline(
+        mar, vae, clip=config.sampling.clip, defaults=config.sampling,
+        classes=[f"class {i}" for i in range(config.mar.class_num)],
+        card={"config": config.name, "seed": seed, "trained": False},
+    )  # fmt: skip
+
+
 def check_config(model: nn.Module, kind: type[nn.Module], config, name: str) -> None:
     """Raises ValueError unless a model built from that configuration has the same weights."""
     with torch.device("meta"):

@@ -155,6 +155,53 @@ def evaluate(
     return 0
 
 
+def info(
+    preset: tyro.conf.Positional[str],
+    batch_size: int = 16,
+    num_iter: int | None = None,
+    num_sampling_steps: int | None = None,
+    cfg: float | None = None,
+    tflops: float | None = None,
+    gb_per_s: float | None = None,
+    us_per_operation: float = 5.0,
+    memory_gb: float | None = None,
+    here: bool = False,
+    bf16: bool = False,
+) -> int:
+    """Say what a preset is made of, and what memory and time it takes to train and to sample.
+
+    Nothing is built and nothing is run: it is all computed from the sizes.
+
+    Args:
+        preset: name of the preset.
+        batch_size: images of a training step on one device, and of one sampling.
+        num_iter: autoregressive steps; this and the next two are the preset's if left out.
+        num_sampling_steps: diffusion steps.
+        cfg: guidance weight, 1 for none.
+        tflops: how many TFLOP/s of matrix products the device reaches; with it come times.
+        gb_per_s: how many GB/s it reads and writes.
+        us_per_operation: microseconds that it takes to start an operation.
+        memory_gb: memory of the device; says which batch fits.
+        here: measure these numbers on this machine's CPU first, for a second.
+        bf16: times of bfloat16 products instead of float32.
+    """
+    import torch
+
+    from mar_mini.configs import get_config
+    from mar_mini.info import Use, describe
+    from mar_mini.planning import available_memory
+    from mar_mini.rates import device_rates
+
+    config, dtype = get_config(preset), "bfloat16" if bf16 else "float32"
+    if memory_gb is not None and memory_gb <= 0:
+        raise ValueError(f"memory-gb is {memory_gb}; expected more than 0")
+    rates = device_rates(tflops, gb_per_s, us_per_operation, here, getattr(torch, dtype))
+    memory = memory_gb * 1e9 if memory_gb is not None else available_memory() if here else None
+    use = Use(batch_size, num_iter, num_sampling_steps, cfg, rates, memory, dtype, gpu=not here)
+    print("\n".join(describe(config, use)))
+    return 0
+
+
 def doctor() -> int:
     """Say what this machine has and which bundled files are whole."""
     from mar_mini.doctor import findings
@@ -305,7 +352,7 @@ def summary_writer(folder: Path):
 
 
 def sample(
-    model: Annotated[str, tyro.conf.Positional],
+    model: Annotated[str | None, tyro.conf.Positional] = None,
     labels: tuple[int, ...] = (),
     out: Path = Path("samples.png"),
     filmstrip: Path | None = None,
@@ -316,13 +363,16 @@ def sample(
     order: str = "random",
     seed: int = 0,
     fast: bool = False,
+    config: str | None = None,
+    random_weights: bool = False,
+    bf16: bool = False,
 ) -> int:
     """Sample images of the classes asked for and write them as one PNG.
 
     Args:
         model: bundled model, mar_base, mar_large or mar_huge (fetched once), or a folder that
-            `train` or `convert` wrote.
-        labels: one class an image; the first ten classes by default.
+            `train` or `convert` wrote; or none, but --config and --random-weights.
+        labels: one class an image; the first ten classes by default, with random weights the first.
         out: the PNG.
         filmstrip: another PNG: the first of them, growing token by token.
         num_iter: autoregressive steps; this and the next three are the model's defaults if left
@@ -333,6 +383,9 @@ def sample(
         order: order of the tokens, by name.
         seed: decides everything that is random.
         fast: approximate, several times faster; benchmarks/README.md says what it costs.
+        config: instead of a model, a preset, whose weights are random.
+        random_weights: yes, they are, and what comes out is noise: it shows what sampling takes.
+        bf16: weights and products in bfloat16, in half of the memory.
     """
     import torch
     from tqdm import tqdm
@@ -341,19 +394,34 @@ def sample(
     from mar_mini.sampling import FAST
     from mar_mini.viz import figures
 
-    pipeline = load_pretrained(model)
     given = {
         "num_iter": num_iter, "num_sampling_steps": num_sampling_steps, "cfg": cfg,
         "temperature": temperature,
     }  # fmt: skip
     given = {k: v for k, v in given.items() if v is not None}
     settings = {**(FAST if fast else {}), **given}
+    if config is not None or random_weights or model is None:
+        if config is None or not random_weights or model is not None or fast:
+            raise ValueError(
+                "expected a trained model (mar-mini sample digits), or, without one and without "
+                "--fast, a preset and the word that its weights are random (mar-mini sample "
+                "--config mar_base --random-weights)"
+            )
+        labels = labels or (0,)
+        pipeline = random_pipeline(config, len(labels), given, seed, bf16)
+    else:
+        pipeline = load_pretrained(model)
+    if bf16:
+        pipeline.mar.bfloat16()
     chosen = list(labels) or list(range(min(10, len(pipeline.classes))))
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(len(chosen))]
     steps = pipeline.sample(chosen, order=order, generator=generators, **settings)
     total = num_iter or pipeline.defaults.num_iter
+    start = time.perf_counter()
     frames = list(tqdm(steps, total=total, desc="sampling", unit="step"))
     images = frames[-1].images()
+    if random_weights:
+        print(f"sampled in {time.perf_counter() - start:.1f} s; the picture is noise")
     titles = [pipeline.classes[label] for label in chosen]
     columns = min(8, len(images))
     figures.save_figure(figures.image_grid(images, columns=columns, titles=titles), out)
@@ -391,12 +459,38 @@ def convert(
     return 0
 
 
+def random_pipeline(config: str, batch_size: int, given: dict, seed: int, bf16: bool):
+    """A preset with random weights, once it is said what sampling it takes, and if that is there.
+
+    given  settings of `sample`; what is missing is the preset's
+    """
+    import torch
+
+    from mar_mini.checkpoints import untrained
+    from mar_mini.configs import get_config
+    from mar_mini.info import si
+    from mar_mini.planning import available_memory, plan_sampling
+    from mar_mini.rates import measure_rates
+
+    preset, dtype = get_config(config), "bfloat16" if bf16 else "float32"
+    steps = {k: v for k, v in given.items() if k != "temperature"}
+    memory, phases = plan_sampling(preset, batch_size, dtype, available_memory(), **steps)
+    kind = getattr(torch, dtype)
+    seconds = sum(measure_rates(kind).by_part(phases).values())
+    print(f"{config} with random weights, a batch of {batch_size} in {dtype}: predicted "
+          f"{seconds:.1f} s and {si(memory)}B")  # fmt: skip
+    start = time.perf_counter()
+    pipeline = untrained(preset, seed, kind)
+    print(f"built in {time.perf_counter() - start:.1f} s", flush=True)
+    return pipeline
+
+
 def main() -> None:
     """Run one command; a message instead of a traceback for input that cannot be right."""
     commands = {
         "course": course, "lab": lab, "lab-reset": lab_reset, "app": app, "test": test,
         "train": train, "sample": sample, "data": data, "doctor": doctor, "evaluate": evaluate,
-        "convert": convert,
+        "convert": convert, "info": info,
     }  # fmt: skip
     try:
         status = tyro.extras.subcommand_cli_from_dict(commands, prog="mar-mini")

@@ -217,6 +217,15 @@ def sample_mask_ratio(
     return min(1.0, max(mask_ratio_min, float(ratio)))
 
 
+def mean_mask_ratio(mask_ratio_min: float, std: float = 0.25) -> float:
+    """Mean of `sample_mask_ratio`: 0.867 for 0.7."""
+    if mask_ratio_min == 1:
+        return 1.0
+    lowest = (mask_ratio_min - 1) / std
+    density = (1 - math.exp(-(lowest**2) / 2)) / math.sqrt(2 * math.pi)
+    return 1 - std * density / (-math.erf(lowest / math.sqrt(2)) / 2)
+
+
 Schedule = Callable[[int, int], float | Fraction]  # (i, N) -> share masked after step i of N
 
 SCHEDULES: dict[str, Schedule] = {
