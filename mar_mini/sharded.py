@@ -11,7 +11,10 @@ The folder has to be one that all processes see.
 import json
 import os
 import shutil
+import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -81,7 +84,8 @@ def write_shards(folder: Path, training: Training, identity: dict) -> None:
     tensors = {name: x if x.ndim else x.reshape(1) for name, x in training.tensors().items()}
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        dcp.save(tensors, storage_writer=writer, **talking(processes))
+        with talking(processes) as how:
+            dcp.save(tensors, storage_writer=writer, **how)
     except dcp.CheckpointException as error:
         raise OSError(f"{folder} could not be written: {error}") from error
     files = checksums(folder, processes.first(names(folder)), processes)
@@ -132,7 +136,8 @@ def read_shards(
         raise ValueError(f"{folder} is damaged ({error})") from error
     state = empty_state(shapes, training)
     flat = {name: x if x.ndim else x.reshape(1) for name, x in state.items()}  # the same memory
-    dcp.load(flat, storage_reader=reader, **talking(processes))
+    with talking(processes) as how:
+        dcp.load(flat, storage_reader=reader, **how)
     return state, identity
 
 
@@ -173,8 +178,12 @@ def checksums(folder: Path, files: list[str], processes: Alone) -> dict[str, int
     return {name: value for part in processes.gather(own) for name, value in part.items()}
 
 
-def talking(processes: Alone) -> dict:
+@contextmanager
+def talking(processes: Alone) -> Iterator[dict]:
     """How PyTorch's checkpoints reach the other processes."""
-    if not dist.is_initialized():
-        return {"no_dist": True}
-    return {"process_group": processes.control}
+    if dist.is_initialized():
+        yield {"process_group": processes.control}
+        return
+    with warnings.catch_warnings():  # it is told, and warns all the same
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield {"no_dist": True}

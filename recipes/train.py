@@ -51,6 +51,7 @@ def main() -> int:
     parser.add_argument("--save-minutes", type=float, default=2.0, help="between checkpoints")
     parser.add_argument("--part-minutes", type=float, help="stop and save after so long")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", help="auto, float32 or bf16; the preset's by default")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -72,6 +73,8 @@ def configure(arguments: argparse.Namespace) -> Config:
     training = replace(training, accumulate=arguments.accumulate, **common)
     if arguments.minutes:
         training = replace(training, max_seconds=60 * arguments.minutes)
+    if arguments.precision:
+        training = replace(training, precision=arguments.precision)
     if arguments.learning_rate:
         training = replace(training, learning_rate=arguments.learning_rate)
     config = replace(config, training=training)
