@@ -93,6 +93,7 @@ class Replicated(Alone):
         self.control = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
 
     def equalise(self, model):
+        self.gather(None)  # to prepare the data may take some longer than others
         for x in (*model.parameters(), *model.buffers()):
             dist.broadcast(x.detach(), 0)
 
