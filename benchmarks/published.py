@@ -130,8 +130,8 @@ class PublishedMAR(MAR):
         target = self.patchify(latents)
         if mask is None:
             mask = self.draw_mask(len(target), generator).to(target.device)
-        if self.training and self.label_drop_prob > 0:
-            labels = self.drop_labels(labels, generator)
+        dropped = self.draw_dropped(len(target), generator).to(labels.device)
+        labels = labels.masked_fill(dropped, NO_CLASS)
         z = self.forward_decoder(self.forward_encoder(target, mask, labels), mask)
         repeat = self.diffusion_batch_mul
         terms = self.diffloss.terms(

@@ -64,6 +64,8 @@ class TrainingConfig:
     kl_weight               of the VAE's KL term, per latent value
     compile                 compile the model first: a minute of warm-up, results the same up to
                             rounding
+    accumulate              micro batches in which a step's batch is computed one after the other:
+                            less memory, the same result up to rounding
     """
 
     batch_size: int = 128
@@ -80,6 +82,23 @@ class TrainingConfig:
     precision: str = "auto"
     kl_weight: float = 1e-4
     compile: bool = False
+    accumulate: int = 1
+
+
+def for_batch_size(training: TrainingConfig, batch_size: int) -> TrainingConfig:
+    """The same recipe for another batch: as many images seen, the learning rate in proportion.
+
+    The published one is blr * batch size / 256 with blr = 1e-4 (MAR section 4). Raises ValueError
+    for a batch size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
+    factor = batch_size / training.batch_size
+    steps = training.max_steps and max(1, round(training.max_steps / factor))
+    return replace(
+        training, batch_size=batch_size, learning_rate=training.learning_rate * factor,
+        max_steps=steps,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -196,6 +196,14 @@ class Head(nn.Module):
         """The loss and what it is made of, by name, scalars."""
         return {"loss": self(target, z, mask, **given)}
 
+    def draw(self, n, generator, t=None, noise=None) -> tuple[Tensor | None, Tensor | None]:
+        """t and noise of n rows, where they are not given; None: `forward` draws, or needs none.
+
+        A head that draws here can be trained by several processes, or in micro batches, and the
+        losses stay the same.
+        """
+        return t, noise
+
     def sample(self, z, z_uncond=None, *, cfg=1.0, temperature=1.0, clip=None,
                num_sampling_steps=None, solver="ddpm", generator=None) -> Tensor:  # fmt: skip
         """Tokens (N, C) drawn given z (N, D)."""
@@ -278,17 +286,22 @@ class DiffLoss(Head):
         rows = self.rows(target, z, repeat=repeat, **given)
         return {name: value.mean() for name, value in rows.items()}
 
+    def draw(self, n, generator, t=None, noise=None) -> tuple[Tensor, Tensor]:
+        """Timesteps (n,) int64 and noise (n, C), on the generator's device; see `Head.draw`."""
+        device = next(self.parameters()).device if generator is None else generator.device
+        if t is None:
+            t = torch.randint(NUM_TIMESTEPS, (n,), generator=generator, device=device)
+        if noise is None:
+            noise = torch.randn(n, self.target_channels, generator=generator, device=device)
+        return t, noise
+
     def rows(
         self, target: Tensor, z: Tensor, *, repeat=1, t=None, noise=None, generator=None
     ) -> dict[str, Float[Tensor, " R"]]:
         """The loss of each token and noise level and its two parts; see `terms`."""
         target = target.repeat(repeat, 1)                                  # (R, C)
-        if t is None:
-            device = target.device if generator is None else generator.device
-            t = torch.randint(NUM_TIMESTEPS, target.shape[:1], generator=generator, device=device)
-            t = t.to(target.device)
-        if noise is None:
-            noise = draw_noise(*target.shape, generator, target)
+        t, noise = self.draw(len(target), generator, t, noise)
+        t, noise = t.to(target.device), noise.to(target)
         x_t = self.diffusion.q_sample(target, t, noise)
         output = self.net(x_t, t, z).to(target.dtype)
         return self.diffusion.loss(output, target, x_t, t, noise)

@@ -6,6 +6,7 @@ Parameter names and shapes are those of the published weights (MAR section 3.4 a
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -19,6 +20,33 @@ from mar_mini.tokens import take
 from mar_mini.transformer import LAYER_NORM_EPS, Block
 
 NO_CLASS = -1  # the label of an image whose class is not given, or dropped
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Everything random in a training step of B images, but dropout.
+
+    mask      (B, L) bool, True = masked, the same number M in each row
+    dropped   (B,) bool, True = the label is left out
+    t, noise  (R * B * M,) int64 and (R * B * M, C) for R = diffusion_batch_mul, repetition-major,
+              then batch, then position; None for a head that draws for itself
+    """
+
+    mask: Tensor
+    dropped: Tensor
+    t: Tensor | None
+    noise: Tensor | None
+
+    def rows(self, rows: slice) -> "Drawn":
+        """The part of some images of the batch."""
+
+        def part(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            shape = (-1, len(self.mask), int(self.mask[0].sum()))          # (R, B, M)
+            return x.unflatten(0, shape)[:, rows].flatten(0, 2)
+
+        return Drawn(self.mask[rows], self.dropped[rows], part(self.t), part(self.noise))
 
 
 class MAR(nn.Module, PyTorchModelHubMixin):
@@ -228,6 +256,7 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         t: Int[Tensor, " R"] | None = None,
         noise: Float[Tensor, "R D"] | None = None,
         generator: torch.Generator | None = None,
+        drawn: Drawn | None = None,
         return_terms: bool = False,
     ) -> Float[Tensor, ""] | dict[str, Float[Tensor, ""]]:
         """The training loss: hide tokens, predict each from the rest (MAR section 3.4).
@@ -237,30 +266,50 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         mask          (B, L) bool, drawn if None: a ratio for the batch, an order for each image
         t, noise      for R = diffusion_batch_mul * B * L rows, repetition-major, then batch, then
                       position; drawn if None
+        drawn         all of that from `draw`, or of some rows of a larger batch, instead
         return_terms  give all of the head's terms by name instead of the loss alone
 
         Raises ValueError for wrong shapes, labels out of range or of a wrong type.
         """
         target = self.patchify(latents)                                     # (B, L, C)
         labels = check_labels(labels, self.class_num, len(target))          # (B,)
-        if mask is None:
-            mask = self.draw_mask(len(target), generator).to(target.device)
-        if mask.shape != target.shape[:2] or not mask.any():
-            raise ValueError(
-                f"the mask is {tuple(mask.shape)} and hides {int(mask.sum())} tokens; expected "
-                f"{tuple(target.shape[:2])}, with one hidden token at least"
-            )
-        if self.training and self.label_drop_prob > 0:
-            labels = self.drop_labels(labels, generator)
+        if drawn is None:
+            drawn = self.draw(len(target), generator, mask=mask, t=t, noise=noise)
+        mask = drawn.mask.to(target.device)                                 # (B, L)
+        labels = labels.masked_fill(drawn.dropped.to(labels.device), NO_CLASS)
         x = self.forward_encoder(target, mask, labels)                      # (B, S, D)
         z = self.forward_decoder(x, mask, wanted=mask)                      # (B, M, E)
         target = masking.keep(target, mask, "masked")                       # (B, M, C)
-        t, noise = (self.masked_rows(name, x, mask) for name, x in (("t", t), ("noise", noise)))
         head = self.diffloss.terms if return_terms else self.diffloss
         return head(
-            target.flatten(0, 1), z.flatten(0, 1), repeat=self.diffusion_batch_mul, t=t,
-            noise=noise, generator=generator,
+            target.flatten(0, 1), z.flatten(0, 1), repeat=self.diffusion_batch_mul, t=drawn.t,
+            noise=drawn.noise, generator=generator,
         )  # fmt: skip
+
+    def draw(
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        *,
+        mask: Bool[Tensor, "B L"] | None = None,
+        t: Int[Tensor, " R"] | None = None,
+        noise: Float[Tensor, "R D"] | None = None,
+    ) -> Drawn:
+        """Everything random in a training step, where it is not given; arguments as for `forward`.
+
+        Raises ValueError if what is given does not fit the batch.
+        """
+        if mask is None:
+            mask = self.draw_mask(batch_size, generator)
+        if mask.shape != (batch_size, self.seq_len) or not mask.any():
+            raise ValueError(
+                f"the mask is {tuple(mask.shape)} and hides {int(mask.sum())} tokens; expected "
+                f"{(batch_size, self.seq_len)}, with one hidden token at least"
+            )
+        dropped = self.draw_dropped(batch_size, generator)
+        t, noise = (self.masked_rows(name, x, mask) for name, x in (("t", t), ("noise", noise)))
+        rows = self.diffusion_batch_mul * int(mask.sum())
+        return Drawn(mask, dropped, *self.diffloss.draw(rows, generator, t, noise))
 
     def masked_rows(self, name: str, given: Tensor | None, mask: Tensor) -> Tensor | None:
         """Of t or noise, given for all tokens and repetitions, the rows of the masked tokens.
@@ -285,13 +334,14 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         order = masking.random(self.seq_h, self.seq_w, batch_size, generator)
         return masking.mask_by_order(order, math.ceil(self.seq_len * ratio))
 
-    def drop_labels(
-        self, labels: Int[Tensor, " B"], generator: torch.Generator | None = None
-    ) -> Int[Tensor, " B"]:
-        """Replace a share of the labels by -1, so that the model also learns to do without."""
-        device = labels.device if generator is None else generator.device
-        chance = torch.rand(labels.shape, generator=generator, device=device).to(labels.device)
-        return labels.masked_fill(chance < self.label_drop_prob, NO_CLASS)
+    def draw_dropped(
+        self, batch_size: int, generator: torch.Generator | None = None
+    ) -> Bool[Tensor, " B"]:
+        """Whose label is left out, so that the model also learns to do without; none in `eval`."""
+        device = "cpu" if generator is None else generator.device
+        if not (self.training and self.label_drop_prob > 0):
+            return torch.zeros(batch_size, dtype=torch.bool, device=device)
+        return torch.rand(batch_size, generator=generator, device=device) < self.label_drop_prob
 
 
 def takes_rows(block: nn.Module) -> bool:

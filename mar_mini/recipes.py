@@ -3,7 +3,7 @@
 import subprocess
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,13 +14,15 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
+from mar_mini.batches import Images, InMemory
 from mar_mini.checkpoints import Pipeline, save_weights
 from mar_mini.configs import Config, MARConfig
+from mar_mini.distributed import Alone
 from mar_mini.files import write_atomically
 from mar_mini.mar import MAR
 from mar_mini.runs import Checkpoints, History, resumable
 from mar_mini.sampling import evaluating
-from mar_mini.training import Step, Training, train_mar, train_vae
+from mar_mini.training import ALONE, Step, Training, train_on, train_vae
 from mar_mini.vae import AutoencoderKL, latent_scale
 
 
@@ -33,6 +35,8 @@ def train_pipeline(
     seed: int = 0,
     device: torch.device | str = "cpu",
     folder: Path | None = None,
+    processes: Alone = ALONE,
+    save_every: float = 120.0,
 ) -> Iterator["Progress"]:
     """Train a preset; yields `Progress` and returns a `Pipeline` with the averaged weights.
 
@@ -40,8 +44,11 @@ def train_pipeline(
     labels  (N,) int64, indices into `classes`
     folder  where checkpoints are kept; what is there already is continued (see `runs`)
 
+    processes   that train the MAR together; they need a trained autoencoder in the folder
+    save_every  seconds between two checkpoints
+
     Raises ValueError if the images or classes do not fit the preset, or the checkpoints not the
-    run; `runs.Interrupted` after Ctrl-C, with everything saved.
+    run, or the autoencoder is missing; `runs.Interrupted` after Ctrl-C, with everything saved.
     """
     mar_config = trainable(config)
     if len(classes) != mar_config.class_num:
@@ -53,7 +60,42 @@ def train_pipeline(
             f"images are {tuple(images.shape)}; preset {config.name!r} is made for "
             f"{mar_config.img_size}x{mar_config.img_size} pixels, so resize or crop them"
         )
-    return stages(config, images, labels, classes, seed, device, folder)
+    return stages(config, images, labels, classes, seed, device, folder, processes, save_every)
+
+
+def train_latents(
+    config: Config,
+    latents,
+    *,
+    vae: AutoencoderKL | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    folder: Path | None = None,
+    processes: Alone = ALONE,
+    save_every: float = 120.0,
+) -> Iterator["Progress"]:
+    """Train the MAR of a preset on latents that are there already; else as `train_pipeline`.
+
+    latents  `batches.Images` that also know the names of their `classes` and their `latent_scale`
+    vae      what made them, for the pipeline
+
+    Raises ValueError if the preset has no MAR or is made for another number of classes.
+    """
+    if config.mar is None:
+        raise ValueError(f"preset {config.name!r} has no MAR to train; choose one that has")
+    if len(latents.classes) != config.mar.class_num:
+        raise ValueError(
+            f"{len(latents.classes)} classes, but preset {config.name!r} is made for "
+            f"{config.mar.class_num}"
+        )
+    torch.manual_seed(seed)
+    data = [len(latents), zlib.crc32(latents.labels.numpy()), latents.latent_scale]
+    pipeline = partial(
+        Pipeline, vae=vae, latent_scale=latents.latent_scale, clip=config.sampling.clip,
+        classes=list(latents.classes), defaults=config.sampling,
+    )  # fmt: skip
+    run = Run(config, data, seed, device, folder, processes, save_every)
+    return masked(run, latents, pipeline)
 
 
 def trainable(config: Config) -> MARConfig:
@@ -79,47 +121,99 @@ class Progress(NamedTuple):
 AUTOENCODER, MASKED = "autoencoder", "masked autoregressive model"
 
 
-def stages(config, images, labels, classes, seed, device, folder) -> Iterator[Progress]:
-    """The stages of `train_pipeline`, one after the other."""
+@dataclass(frozen=True)
+class Run:
+    """What the stages of a training have in common; `data` tells one data set from another."""
+
+    config: Config
+    data: object
+    seed: int
+    device: torch.device | str
+    folder: Path | None
+    processes: Alone
+    save_every: float
+
+    def identity(self, training: Training, stage: str) -> dict:
+        """What a checkpoint must have in common with the run to be continued."""
+        config = self.config
+        models = {"vae": config.vae and asdict(config.vae)}
+        if stage == MASKED:
+            models["mar"] = asdict(config.mar)
+        return {"stage": stage, "data": self.data, "seed": self.seed, **models,
+                **settings(training)}  # fmt: skip
+
+    def steps(self, training: Training, stage: str) -> Iterator[Step]:
+        """Those of a training; with a folder from its last checkpoint on."""
+        from mar_mini.sharded import open_checkpoints
+
+        together = stage == MASKED or self.processes.count == 1
+        if self.folder is None and together:
+            return training
+        place, identity = (self.folder or Path()) / stage.split()[0], self.identity(training, stage)
+        if together:
+            checkpoints = open_checkpoints(place, identity, self.processes)
+            return resumable(training, checkpoints, self.save_every)
+        if place.is_dir():
+            Checkpoints(place, identity).restore(training)
+        if training.used < 1:
+            raise ValueError(
+                f"there is no trained autoencoder in {place}: one process trains it, so give the "
+                "command without torchrun, until it says that it trains the MAR"
+            )
+        return training
+
+
+def stages(config, images, labels, classes, seed, device, folder, processes, save_every):
+    """The stages of `train_pipeline`, one after the other: yields `Progress`."""
     torch.manual_seed(seed)
     vae, mirrored, scale, clip = None, None, 1.0, config.sampling.clip
     latents, data = images, zlib.crc32(images.contiguous().numpy())
-
-    def steps(training: Training, stage: str, models: dict) -> Iterator[Step]:
-        """Those of a training; with a folder from its last checkpoint on."""
-        if folder is None:
-            return training
-        identity = {"stage": stage, "data": data, "seed": seed, **models, **settings(training)}
-        return resumable(training, Checkpoints(folder / stage.split()[0], identity))
-
+    run = Run(config, data, seed, device, folder, processes, save_every)
     if config.vae is not None:
         vae = AutoencoderKL(**asdict(config.vae)).to(device)
         if vae.linear_path:
             vae.start_linear(images[:2000].to(device))
         training = train_vae(vae, images, config.vae_training, seed=seed)
-        for step in steps(training, AUTOENCODER, {"vae": asdict(config.vae)}):
+        for step in run.steps(training, AUTOENCODER):
             yield Progress(AUTOENCODER, step)
         vae = training.ema.module.eval()
         latents, mirrored = encode(vae, images), encode(vae, images.flip(-1))
         scale = latent_scale(latents)
         latents, mirrored = latents * scale, mirrored * scale
         clip = float(latents.abs().max())
-    mar = MAR(**asdict(config.mar)).to(device)
-    training = train_mar(mar, latents, labels, config.training, mirrored=mirrored, seed=seed)
-    models = {"mar": asdict(config.mar), "vae": config.vae and asdict(config.vae)}
     pipeline = partial(
         Pipeline, vae=vae, latent_scale=scale, clip=clip, classes=list(classes),
         defaults=config.sampling,
     )  # fmt: skip
-    for step in steps(training, MASKED, models):
+    return (yield from masked(run, InMemory(latents.to(device), labels, mirrored), pipeline))
+
+
+def masked(run: Run, images: Images, pipeline: Callable[..., Pipeline]) -> Iterator[Progress]:
+    """The stage that trains the MAR: yields `Progress`, returns the pipeline."""
+    config = run.config
+    mar = MAR(**asdict(config.mar)).to(run.device)
+    training = train_on(mar, images, config.training, seed=run.seed, processes=run.processes)
+    for step in run.steps(training, MASKED):
         yield Progress(MASKED, step, pipeline)
-    card = {"steps": training.step, "seconds": round(training.seconds, 1), "seed": seed,
+    card = {"steps": training.step, "seconds": round(training.seconds, 1), "seed": run.seed,
             "images_seen": training.step * config.training.batch_size,
-            "device": hardware(device), "torch": torch.__version__, "commit": commit(),
+            "device": hardware(run.device), "torch": torch.__version__, "commit": commit(),
             "training": asdict(config.training)}  # fmt: skip
-    if config.vae is not None:
+    if run.processes.count > 1:
+        card["processes"] = run.processes.count
+    if config.vae_training is not None:
         card["vae_training"] = asdict(config.vae_training)
-    return pipeline(training.ema.module.eval(), card=card)
+    return pipeline(averaged(training, config), card=card)
+
+
+def averaged(training: Training, config: Config) -> MAR:
+    """The MAR with averaged weights, whole; all processes have to ask for it together."""
+    if type(training.processes) is Alone:
+        return training.ema.module.eval()
+    mar = MAR(**asdict(config.mar)).eval()
+    state = training.ema.module.state_dict()
+    mar.load_state_dict({name: training.processes.whole(x).cpu() for name, x in state.items()})
+    return mar
 
 
 # shares of a run at which samples are looked at, closer together where more happens
@@ -200,9 +294,12 @@ def commit() -> str | None:
 
 
 def settings(training: Training) -> dict:
-    """What a run must have in common with its checkpoints: all but the budget, which may grow."""
-    values = asdict(training.config)
-    return {k: v for k, v in values.items() if k not in ("max_steps", "max_seconds")}
+    """What a run must have in common with its checkpoints: what its losses depend on.
+
+    Not the budget, which may grow.
+    """
+    free = ("max_steps", "max_seconds", "accumulate")
+    return {k: v for k, v in asdict(training.config).items() if k not in free}
 
 
 @torch.no_grad()

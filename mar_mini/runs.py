@@ -6,6 +6,7 @@ from (seed, step). So a run that was killed goes on to the same bits, on the sam
 """
 
 import json
+import shutil
 import signal
 import threading
 import time
@@ -48,12 +49,16 @@ class Checkpoints:
     def __init__(self, folder: Path, identity: dict):
         self.folder, self.identity = Path(folder), json.loads(json.dumps(identity))
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left_over in self.folder.glob(".state-*"):  # of a run killed while it wrote
-            left_over.unlink(missing_ok=True)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what a run left behind that was killed while it wrote."""
+        for left_over in self.folder.glob(".state-*"):
+            remove(left_over)
 
     def paths(self) -> list[Path]:
-        """The checkpoints, latest first."""
-        return sorted(self.folder.glob("state-*.safetensors"), reverse=True)
+        """The checkpoints, latest first: files, and the folders that `sharded` writes."""
+        return sorted(self.folder.glob("state-*"), key=lambda path: path.stem, reverse=True)
 
     def save(self, training: Training) -> Path:
         """Write the state, then remove all but the last two. A full disk leaves those as they are.
@@ -65,8 +70,16 @@ class Checkpoints:
         metadata = {"identity": json.dumps(self.identity), "checksum": str(checksum(state))}
         write_atomically(path, lambda temporary: save_file(state, temporary, metadata))
         for old in self.paths()[KEPT:]:
-            old.unlink()
+            remove(old)
         return path
+
+    def read(self, path: Path, training: Training) -> tuple[dict[str, Tensor], dict]:
+        """State and identity of a checkpoint. Raises ValueError if it is not whole."""
+        if path.is_dir():
+            from mar_mini.sharded import read_shards
+
+            return read_shards(path, training, self.identity)
+        return read(path)
 
     def restore(self, training: Training) -> Restored:
         """Go on from the latest checkpoint that is whole and of this run.
@@ -76,7 +89,7 @@ class Checkpoints:
         refused, foreign = [], None
         for path in self.paths():
             try:
-                state, identity = read(path)
+                state, identity = self.read(path, training)
                 differences = differing(identity, self.identity)
                 if differences:
                     foreign = f"{path} is of another run ({differences})"
@@ -106,6 +119,14 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     if metadata["checksum"] != str(checksum(state)):
         raise ValueError(f"{path} is damaged (its checksum does not fit)")
     return state, json.loads(metadata["identity"])
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def checksum(state: dict[str, Tensor]) -> int:
@@ -141,10 +162,12 @@ def resumable(
     with deferred_interrupt() as interrupted:
         for step in training:
             yield step
-            if interrupted.is_set() or time.monotonic() - saved > every:
+            asked, due = interrupted.is_set(), time.monotonic() - saved > every
+            asked, due = map(any, zip(*training.processes.gather((asked, due)), strict=True))
+            if asked or due:
                 checkpoints.save(training)
                 saved = time.monotonic()
-            if interrupted.is_set():
+            if asked:
                 raise Interrupted(
                     f"stopped after step {step.step}; the state is saved in {checkpoints.folder}: "
                     "give the same command again to go on"

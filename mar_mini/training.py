@@ -9,19 +9,33 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from mar_mini.batches import (
+    Images,
+    InMemory,
+    batch_indices,
+    coins,
+    fetch,
+    flip_half,
+    step_generator,
+    step_seed,
+)
 from mar_mini.choice import choose
 from mar_mini.compiling import compile_model
 from mar_mini.configs import TrainingConfig
+from mar_mini.distributed import Alone
 from mar_mini.mar import MAR
 from mar_mini.vae import AutoencoderKL
+
+ALONE = Alone()
+# (network, rows) -> scalars by name, `loss` among them: the means over some rows of a batch.
+# `network` is the model, or stands in for it
+Share = Callable[[nn.Module, slice], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,7 @@ def train_mar(
     *,
     mirrored: Float[Tensor, "M2 C H W"] | None = None,
     seed: int = 0,
+    processes: Alone = ALONE,
 ) -> "Training":
     """Train a MAR in place; each step yields a `Step` (MAR section 4).
 
@@ -69,22 +84,43 @@ def train_mar(
     Raises ValueError for a budget or data that do not fit, FloatingPointError if the loss is not
     finite any more (the weights are then those before that step).
     """
-    if len(latents) != len(labels):
-        raise ValueError(f"{len(latents)} images but {len(labels)} labels; expected one for each")
-    if mirrored is not None and mirrored.shape != latents.shape:
-        raise ValueError(
-            f"mirrored is {tuple(mirrored.shape)}; expected {tuple(latents.shape)} as the latents"
-        )
     device = next(model.parameters()).device
-    latents, labels = latents.to(device), labels.to(device)
-    if config.flip:
-        mirrored = latents.flip(-1) if mirrored is None else mirrored.to(device)
+    if mirrored is not None:
+        mirrored = mirrored.to(device)
+    images = InMemory(latents.to(device), labels, mirrored)
+    return train_on(model, images, config, seed=seed, processes=processes)
 
-    def terms(picked: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        batch = flip_half(latents, mirrored, picked, generator) if config.flip else latents[picked]
-        return model(batch, labels[picked], generator=generator, return_terms=True)
 
-    return train(model, terms, len(latents), config, seed)
+def train_on(
+    model: MAR,
+    images: Images,
+    config: TrainingConfig,
+    *,
+    seed: int = 0,
+    processes: Alone = ALONE,
+) -> "Training":
+    """Train a MAR in place on images from anywhere; everything else as `train_mar`.
+
+    images     see `batches.Images`
+    processes  that do it together, see `distributed.join`
+    """
+    device = next(model.parameters()).device
+
+    def draw(picked: Tensor, generator: torch.Generator) -> Share:
+        count = len(picked)
+        flip = (coins(count, generator) if config.flip else torch.zeros(count)).cpu().bool()
+        drawn = model.draw(count, generator)
+
+        def share(network: nn.Module, rows: slice) -> dict[str, Tensor]:
+            batch = fetch(images, picked, flip, rows, generator.initial_seed()).to(device)
+            labels = images.labels[picked[rows].to(images.labels.device)].to(device)
+            return network(
+                batch, labels, drawn=drawn.rows(rows), generator=generator, return_terms=True
+            )
+
+        return share
+
+    return train(model, draw, len(images), config, seed, processes)
 
 
 def train_vae(
@@ -103,31 +139,38 @@ def train_vae(
     """
     images = images.to(next(model.parameters()).device)
 
-    def terms(picked: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        batch = images[picked]
+    def draw(picked: Tensor, generator: torch.Generator) -> Share:
+        batch = images[picked.to(images.device)]
         if config.flip:
             batch = flip_half(batch, batch.flip(-1), torch.arange(len(batch)), generator)
-        reconstruction, posterior = model(batch, generator)
-        mse = (reconstruction.float() - batch).square().mean()
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
-        return {"loss": mse + config.kl_weight * kl, "mse": mse, "kl": kl}
 
-    return train(model, terms, len(images), config, seed)
+        def share(network: nn.Module, rows: slice) -> dict[str, Tensor]:
+            reconstruction, posterior = network(batch[rows], generator)
+            mse = (reconstruction.float() - batch[rows]).square().mean()
+            kl = posterior.kl().mean() / posterior.mean[0].numel()
+            return {"loss": mse + config.kl_weight * kl, "mse": mse, "kl": kl}
+
+        return share
+
+    return train(model, draw, len(images), config, seed)
 
 
 def train(
     model: nn.Module,
-    terms: Callable[[Tensor, torch.Generator], dict[str, Tensor]],
+    draw: Callable[[Tensor, torch.Generator], Share],
     num_images: int,
     config: TrainingConfig,
     seed: int = 0,
+    processes: Alone = ALONE,
 ) -> "Training":
     """The training that both models share; settings that cannot work are refused at once.
 
-    terms  (indices of a batch, generator) -> scalars by name, `loss` among them
+    draw       (indices of a batch, generator) -> `Share`: all that is random in a step is drawn
+               for the whole batch, so that it does not matter who computes which rows
+    processes  that train together
     """
     check_training(config, num_images, seed)
-    return Training(model, terms, num_images, config, seed)
+    return Training(model, draw, num_images, config, seed, processes)
 
 
 class Training(Iterator[Step]):
@@ -137,40 +180,37 @@ class Training(Iterator[Step]):
     budget).
     """
 
-    def __init__(self, model, terms, num_images, config, seed):
+    def __init__(self, model, draw, num_images, config, seed, processes=ALONE):
+        self.micro_batches = processes.micro_batches(config.batch_size, config.accumulate)
         if config.compile:
             compile_model(model)
-        self.model, self.terms, self.num_images = model, terms, num_images
-        self.config, self.seed = config, seed
+        self.model, self.draw, self.num_images = model, draw, num_images
+        self.config, self.seed, self.processes = config, seed, processes
         self.device = next(model.parameters()).device
-        self.optimiser = torch.optim.AdamW(
-            parameter_groups(model, config.weight_decay), betas=(0.9, 0.95), fused=True
-        )
+        processes.equalise(model)
         self.ema = AveragedModel(
             model, multi_avg_fn=averaging(config.ema_decay, config.ema_window)
         ).eval()
+        self.network = processes.distribute(model, self.ema.module)
+        self.optimiser = torch.optim.AdamW(
+            parameter_groups(model, config.weight_decay), betas=(0.9, 0.95), fused=True
+        )
         self.step, self.seconds, self.used = 0, 0.0, 0.0
 
     def __next__(self) -> Step:
         if self.used >= 1.0:
             raise StopIteration
-        start, config, device = time.perf_counter(), self.config, self.device
+        start, config = time.perf_counter(), self.config
         self.model.train()
         rate = learning_rate(config, self.used)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        picked = batch_indices(self.seed, self.step, self.num_images, config.batch_size)
-        devices = [device] if device.type == "cuda" else []
-        with autocast(config.precision, device), torch.random.fork_rng(devices):
-            torch.manual_seed(step_seed(self.seed, self.step))  # for dropout, without a generator
-            generator = step_generator(self.seed, self.step, device)
-            values = self.terms(picked.to(device), generator)
         self.optimiser.zero_grad()
-        values["loss"].backward()
+        terms = self.backward()
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-        names, numbers = list(values), [value.detach() for value in values.values()]
-        *numbers, grad_norm = torch.stack([*numbers, grad_norm]).tolist()  # one wait for the device
-        terms = dict(zip(names, numbers, strict=True))
+        names, numbers = list(terms), [*terms.values(), self.processes.whole(grad_norm)]
+        numbers = self.processes.mean(torch.stack(numbers)).tolist()  # one wait for the device
+        grad_norm, terms = numbers[-1], dict(zip(names, numbers[:-1], strict=True))
         if not (math.isfinite(terms["loss"]) and math.isfinite(grad_norm)):
             raise FloatingPointError(
                 f"step {self.step + 1}: loss is {terms['loss']}, its gradient's norm {grad_norm}, "
@@ -181,16 +221,36 @@ class Training(Iterator[Step]):
         self.ema.update_parameters(self.model)
         self.step += 1
         self.seconds += time.perf_counter() - start
+        if config.max_seconds is not None:  # the processes end in the same step
+            self.seconds = self.processes.first(self.seconds)
         self.used = progress(config, self.step, self.seconds)
         return Step(
             self.step, terms["loss"], terms, rate, grad_norm, self.step * config.batch_size,
             self.seconds, self.used, self.model, self.ema.module,
         )  # fmt: skip
 
-    def state(self) -> dict[str, Tensor]:
+    def backward(self) -> dict[str, Tensor]:
+        """Gradients of the next step, micro batch by micro batch; the terms of this process."""
+        config, device, count = self.config, self.device, len(self.micro_batches)
+        picked = batch_indices(self.seed, self.step, self.num_images, config.batch_size)
+        sums: dict[str, Tensor] = {}
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            # for dropout, which takes no generator
+            torch.manual_seed(self.processes.own_seed(step_seed(self.seed, self.step)))
+            share = self.draw(picked, step_generator(self.seed, self.step, device))
+            for i, rows in enumerate(self.micro_batches):
+                with self.processes.micro_step(self.network, last=i == count - 1):
+                    with autocast(config.precision, device):
+                        values = share(self.network, rows)
+                    (values["loss"] / count).backward()
+                for name, value in values.items():
+                    sums[name] = sums.get(name, 0) + value.detach() / count
+        return sums
+
+    def tensors(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by name: weights, average, moments, counters.
 
-        The tensors are copies on the CPU.
+        Not copies, and of a model in shards the shards.
         """
         state = {f"model.{name}": x for name, x in self.model.state_dict().items()}
         state |= {f"ema.{name}": x for name, x in self.ema.state_dict().items()}
@@ -201,7 +261,11 @@ class Training(Iterator[Step]):
             for name, x in values.items()
         }
         state["counters"] = torch.tensor([self.step, self.seconds], dtype=torch.float64)
-        return {name: x.detach().cpu().clone() for name, x in state.items()}
+        return {name: x.detach() for name, x in state.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of `tensors`, whole and on the CPU. All processes have to ask for it together."""
+        return {name: self.processes.whole(x).cpu().clone() for name, x in self.tensors().items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Go on from such a state. Raises ValueError if it does not fit; nothing is changed then.
@@ -217,8 +281,15 @@ class Training(Iterator[Step]):
         for key, value in with_prefix(state, "optimiser.").items():
             index, name = key.split(".")
             moments.setdefault(int(index), {})[name] = value
-        self.model.load_state_dict(model)
-        self.ema.load_state_dict(ema)
+        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        for index, values in moments.items():
+            for name, value in values.items():
+                values[name] = self.processes.part(value, parameters[index])
+        for module, values in ((self.model, model), (self.ema, ema)):
+            ours = module.state_dict()
+            module.load_state_dict(
+                {name: self.processes.part(x, ours[name]) for name, x in values.items()}
+            )
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
         step, seconds = state["counters"].tolist()
@@ -243,6 +314,8 @@ def check_training(config: TrainingConfig, num_images: int, seed: int = 0) -> No
         )
     if seed < 0:
         raise ValueError(f"seed is {seed}; expected 0 or more")
+    if config.accumulate < 1:
+        raise ValueError(f"accumulate is {config.accumulate}; expected 1 or more micro batches")
     choose("decay", config.decay, {"cosine": ..., "constant": ...})
     choose("precision", config.precision, {"auto": ..., "float32": ..., "bf16": ...})
 
@@ -306,39 +379,3 @@ def multiplies_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
-
-
-def step_seed(seed: int, step: int) -> int:
-    """One number from two, such that neighbours share nothing."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
-
-
-def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """The random numbers of one step: a function of (seed, step) and nothing else."""
-    return torch.Generator(device).manual_seed(step_seed(seed, step))
-
-
-@lru_cache(maxsize=2)
-def shuffled(seed: int, epoch: int, num_images: int) -> Int[Tensor, " N"]:
-    generator = step_generator(seed, 2**32 + epoch)  # apart from those of the steps
-    return torch.randperm(num_images, generator=generator)
-
-
-def batch_indices(seed: int, step: int, num_images: int, batch_size: int) -> Int[Tensor, " B"]:
-    """Which images step `step` (from 0) sees: epoch after epoch, each image once in each."""
-    first = step * batch_size
-    picked = []
-    while len(picked) < batch_size:
-        epoch, offset = divmod(first + len(picked), num_images)
-        rest = batch_size - len(picked)
-        picked.extend(shuffled(seed, epoch, num_images)[offset : offset + rest].tolist())
-    return torch.tensor(picked)
-
-
-def flip_half(
-    images: Tensor, mirrored: Tensor, picked: Int[Tensor, " B"], generator: torch.Generator
-) -> Tensor:
-    """Those images, each mirrored with probability 1/2."""
-    device = generator.device
-    coin = torch.rand(len(picked), generator=generator, device=device).to(images.device) < 0.5
-    return torch.where(coin[:, None, None, None], mirrored[picked], images[picked])
