@@ -3,7 +3,7 @@
 import subprocess
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from torch import Tensor
 from mar_mini.checkpoints import Pipeline, save_weights
 from mar_mini.configs import Config, MARConfig
 from mar_mini.files import write_atomically
+from mar_mini.latents import LatentShards, train_on_latents
 from mar_mini.mar import MAR
 from mar_mini.runs import Checkpoints, History, resumable
 from mar_mini.sampling import evaluating
@@ -44,16 +45,20 @@ def train_pipeline(
     run; `runs.Interrupted` after Ctrl-C, with everything saved.
     """
     mar_config = trainable(config)
-    if len(classes) != mar_config.class_num:
-        raise ValueError(
-            f"{len(classes)} classes, but preset {config.name!r} is made for {mar_config.class_num}"
-        )
+    check_classes(config, classes)
     if images.shape[-1] != mar_config.img_size or images.shape[-2] != mar_config.img_size:
         raise ValueError(
             f"images are {tuple(images.shape)}; preset {config.name!r} is made for "
             f"{mar_config.img_size}x{mar_config.img_size} pixels, so resize or crop them"
         )
     return stages(config, images, labels, classes, seed, device, folder)
+
+
+def check_classes(config: Config, classes: list[str]) -> None:
+    if len(classes) != config.mar.class_num:
+        raise ValueError(
+            f"{len(classes)} classes, but preset {config.name!r} is made for {config.mar.class_num}"
+        )
 
 
 def trainable(config: Config) -> MARConfig:
@@ -79,19 +84,23 @@ class Progress(NamedTuple):
 AUTOENCODER, MASKED = "autoencoder", "masked autoregressive model"
 
 
+def kept_steps(
+    folder: Path | None, identity: dict, training: Training, stage: str, models: dict
+) -> Iterator[Step]:
+    """The steps of a training; with a folder from its last checkpoint on."""
+    if folder is None:
+        return training
+    identity = {"stage": stage, **identity, **models, **settings(training)}
+    return resumable(training, Checkpoints(folder / stage.split()[0], identity))
+
+
 def stages(config, images, labels, classes, seed, device, folder) -> Iterator[Progress]:
     """The stages of `train_pipeline`, one after the other."""
     torch.manual_seed(seed)
     vae, mirrored, scale, clip = None, None, 1.0, config.sampling.clip
     latents, data = images, zlib.crc32(images.contiguous().numpy())
 
-    def steps(training: Training, stage: str, models: dict) -> Iterator[Step]:
-        """Those of a training; with a folder from its last checkpoint on."""
-        if folder is None:
-            return training
-        identity = {"stage": stage, "data": data, "seed": seed, **models, **settings(training)}
-        return resumable(training, Checkpoints(folder / stage.split()[0], identity))
-
+    steps = partial(kept_steps, folder, {"data": data, "seed": seed})
     if config.vae is not None:
         vae = AutoencoderKL(**asdict(config.vae)).to(device)
         if vae.linear_path:
@@ -106,20 +115,60 @@ def stages(config, images, labels, classes, seed, device, folder) -> Iterator[Pr
         clip = float(latents.abs().max())
     mar = MAR(**asdict(config.mar)).to(device)
     training = train_mar(mar, latents, labels, config.training, mirrored=mirrored, seed=seed)
-    models = {"mar": asdict(config.mar), "vae": config.vae and asdict(config.vae)}
     pipeline = partial(
         Pipeline, vae=vae, latent_scale=scale, clip=clip, classes=list(classes),
         defaults=config.sampling,
     )  # fmt: skip
+    return (yield from masked_stage(config, training, steps, pipeline, seed))
+
+
+def masked_stage(config: Config, training: Training, steps, pipeline, seed) -> Iterator[Progress]:
+    """The MAR's own stage; `steps` and `pipeline` as in `stages`."""
+    models = {"mar": asdict(config.mar), "vae": config.vae and asdict(config.vae)}
     for step in steps(training, MASKED, models):
         yield Progress(MASKED, step, pipeline)
     card = {"steps": training.step, "seconds": round(training.seconds, 1), "seed": seed,
             "images_seen": training.step * config.training.batch_size,
-            "device": hardware(device), "torch": torch.__version__, "commit": commit(),
+            "device": hardware(training.device), "torch": torch.__version__, "commit": commit(),
             "training": asdict(config.training)}  # fmt: skip
-    if config.vae is not None:
+    if config.vae is not None and config.vae_training is not None:
         card["vae_training"] = asdict(config.vae_training)
     return pipeline(training.ema.module.eval(), card=card)
+
+
+def train_from_latents(
+    config: Config,
+    data: LatentShards,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    folder: Path | None = None,
+) -> Iterator[Progress]:
+    """Train a preset's MAR on latents that were encoded before; otherwise as `train_pipeline`.
+
+    Raises ValueError, at once, if the latents or their classes do not fit the preset.
+    """
+    if config.mar is None:
+        raise ValueError(f"preset {config.name!r} has no MAR to train; choose one that has")
+    vae, vae_config = data.autoencoder()
+    side = config.mar.img_size // config.mar.vae_stride
+    expected = (config.mar.vae_embed_dim, side, side)
+    if data.shape != expected:
+        raise ValueError(
+            f"latents are {data.shape}; preset {config.name!r} is made for {expected}, so encode "
+            f"pictures of {config.mar.img_size} pixels by its autoencoder"
+        )
+    check_classes(config, data.classes)
+    config = replace(config, vae=vae_config, vae_training=None)
+    torch.manual_seed(seed)
+    mar = MAR(**asdict(config.mar)).to(device)
+    training = train_on_latents(mar, data, config.training, seed=seed)
+    steps = partial(kept_steps, folder, {"data": data.checksum, "seed": seed})
+    pipeline = partial(
+        Pipeline, vae=vae.to(device), latent_scale=data.latent_scale, clip=data.clip,
+        classes=list(data.classes), defaults=config.sampling,
+    )  # fmt: skip
+    return masked_stage(config, training, steps, pipeline, seed)
 
 
 # shares of a run at which samples are looked at, closer together where more happens
