@@ -181,6 +181,7 @@ def judge_images(images, statistics, write_statistics, size, split, workers) -> 
 
     from mar_mini import statistics as of
     from mar_mini.features import load_features
+    from mar_mini.generating import check_complete
     from mar_mini.parts import place
     from mar_mini.pictures import open_pictures
 
@@ -188,6 +189,7 @@ def judge_images(images, statistics, write_statistics, size, split, workers) -> 
         raise ValueError("give --statistics FILE to compare with, or --write-statistics FILE")
     known = None if statistics is None else of.Statistics.load(statistics)
     pictures, network, features = open_pictures(images, split), load_features().to(place()), []
+    check_complete(Path(images), len(pictures))
     with tqdm(total=len(pictures), desc="features", unit="image") as bar:
         for batch in of.features_in(pictures, network, size, workers=workers):
             features.append(batch)
@@ -369,6 +371,7 @@ def train(
     compile: bool = False,
     device: str = "auto",
     tensorboard: bool = False,
+    samples: bool = True,
 ) -> int:
     """Train a preset and save the model, its card and a grid of samples in a folder.
 
@@ -389,6 +392,7 @@ def train(
         compile: compile the model first, which takes up to a minute.
         device: auto, cpu or cuda.
         tensorboard: write the course of the training for TensorBoard as well (if it is installed).
+        samples: sample on the way and at the end, which takes long for large models.
     """
     import torch
 
@@ -397,6 +401,7 @@ def train(
     from mar_mini.latents import LatentShards
     from mar_mini.recipes import (
         AUTOENCODER,
+        MOMENTS,
         recorded,
         train_from_latents,
         train_pipeline,
@@ -434,12 +439,16 @@ def train(
                                **common)  # fmt: skip
         origin = {"data": data or preset.data, "data_md5": images.checksum}
     last = AUTOENCODER if what == "vae" else None
-    pipeline = watched(recorded(steps, folder), folder, last, tensorboard)
+    steps = recorded(steps, folder, MOMENTS if samples else ())
+    pipeline = watched(steps, folder, last, tensorboard)
     if what == "vae":
         print(f"saved in {folder}: vae.safetensors; next: mar-mini train mar --config {config}")
         return 0
     pipeline.card.update(origin)
     pipeline.save(folder, preset)
+    if not samples:
+        print(f"saved in {folder}: config.json, mar.safetensors")
+        return 0
     grid = pipeline.generate([i % len(pipeline.classes) for i in range(40)])
     save_figure(image_grid(grid, columns=10), folder / "samples.png")
     print(f"saved in {folder}: config.json, mar.safetensors, samples.png")

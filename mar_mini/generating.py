@@ -55,7 +55,7 @@ def write_images(
         if png:
             files = [folder / f"{i:06d}.png" for i in indices]
         else:
-            files = [folder / f"images-{number:05d}-of-{len(ranges):05d}.parquet"]
+            files = [folder / f"train-{number:05d}-of-{len(ranges):05d}.parquet"]
         if all(file.is_file() for file in files):
             yield len(indices)
             continue
@@ -119,6 +119,16 @@ def claim(folder: Path, identity: dict) -> None:
         return
     text = json.dumps(identity, indent=1) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def check_complete(folder: Path, number: int) -> None:
+    """Raises ValueError if fewer images are there than were asked for; other folders are fine."""
+    path = folder / IDENTITY
+    if path.is_file() and number != (count := json.loads(path.read_text())["count"]):
+        raise ValueError(
+            f"{number:,} of {count:,} images are in {folder}; give the command that generates them "
+            "again, or that of the missing part"
+        )
 
 
 def model_checksum(pipeline: Pipeline) -> int:

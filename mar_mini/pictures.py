@@ -112,6 +112,7 @@ class ParquetPictures(Pictures):
 
     def __init__(self, files: list[Path]):
         self.files, labels, counts, classes = files, [], [], None
+        open_again()  # files may have changed since they were last looked at
         for file in files:
             opened = open_parquet(file)
             classes = classes or names_in(opened.schema_arrow)
@@ -264,7 +265,7 @@ def crops(
     )  # fmt: skip
 
 
-def open_again(worker: int) -> None:
+def open_again(worker: int = 0) -> None:
     """A process does not go on reading from files that another has opened."""
     open_parquet.cache_clear()
     row_group.cache_clear()

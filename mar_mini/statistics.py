@@ -49,12 +49,12 @@ class Statistics:
 
     def save(self, path: Path) -> None:
         """As .npz with `mu` and `sigma`, the names of published files, and what they lack."""
+        known = {"features": self.features, "count": self.count, "image_size": self.image_size}
+        known = {key: value for key, value in known.items() if value is not None}
 
         def write(temporary: Path) -> None:
             with open(temporary, "wb") as file:
-                np.savez(file, mu=self.mean.numpy(), sigma=self.cov.numpy(),
-                         features=self.features, count=self.count,
-                         image_size=self.image_size)  # fmt: skip
+                np.savez(file, mu=self.mean.numpy(), sigma=self.cov.numpy(), **known)
 
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, write)
@@ -131,7 +131,6 @@ def picture_side(pictures: Pictures) -> int:
     return width
 
 
-@torch.no_grad()
 def features_in(
     pictures: Pictures, network: nn.Module, size: int | None = None, *, batch_size: int = 100,
     workers: int = 0,
@@ -149,4 +148,6 @@ def features_in(
         wrong = [error for error in errors if error]
         if wrong:
             raise ValueError(f"{', '.join(wrong[:5])}; mend or remove these pictures")
-        yield network(images.to(device).float() / 255).cpu()
+        with torch.no_grad():
+            features = network(images.to(device).float() / 255).cpu()
+        yield features
