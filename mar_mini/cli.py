@@ -180,7 +180,7 @@ def judge_images(images, statistics, write_statistics, size, split, workers) -> 
     from tqdm import tqdm
 
     from mar_mini import statistics as of
-    from mar_mini.features import load_features
+    from mar_mini.features import NUM_FEATURES, load_features
     from mar_mini.generating import check_complete
     from mar_mini.parts import place
     from mar_mini.pictures import open_pictures
@@ -190,13 +190,14 @@ def judge_images(images, statistics, write_statistics, size, split, workers) -> 
     known = None if statistics is None else of.Statistics.load(statistics)
     pictures, network, features = open_pictures(images, split), load_features().to(place()), []
     check_complete(Path(images), len(pictures))
+    side = size or of.picture_side(pictures)
+    if known is not None:
+        of.check_comparable(known, NUM_FEATURES, network.name, side)
     with tqdm(total=len(pictures), desc="features", unit="image") as bar:
         for batch in of.features_in(pictures, network, size, workers=workers):
             features.append(batch)
             bar.update(len(batch))
-    ours = of.Statistics.of(
-        torch.cat(features), network.name, size or of.picture_side(pictures)
-    )  # fmt: skip
+    ours = of.Statistics.of(torch.cat(features), network.name, side)
     if write_statistics is not None:
         ours.save(write_statistics)
         print(f"wrote {write_statistics}: {ours.count:,} images of {ours.image_size} pixels")
@@ -245,19 +246,20 @@ def latents(
     """
     from tqdm import tqdm
 
-    from mar_mini import latents as shards
+    from mar_mini.encoding import open_vae, write_latents
+    from mar_mini.latents import MANIFEST, LatentShards
     from mar_mini.parts import parse_part, place
     from mar_mini.pictures import open_pictures
 
     if check is not None:
-        data = shards.LatentShards(check)
+        data = LatentShards(check)
         for _ in tqdm(data.check(), total=len(data.moments), desc="checking", unit="shard"):
             pass
         print(f"{check}: whole, {len(data):,} pictures, {len(data.classes)} classes")
         return 0
     if source is None or vae is None:
         raise ValueError("expected what to encode and by what: mar-mini latents SOURCE --vae MODEL")
-    autoencoder, pictures = shards.open_vae(vae, config), open_pictures(source, split)
+    autoencoder, pictures = open_vae(vae, config), open_pictures(source, split)
     side = size or autoencoder.config.resolution
     command = f"mar-mini latents {source} --vae {vae} --out {out}"
     for name, value, default in (("config", config, None), ("size", size, None),
@@ -265,7 +267,7 @@ def latents(
         command += f" --{name} {value}" if value != default else ""
     command += " --skip-unreadable" if skip_unreadable else ""
     mine = parse_part(part)
-    steps = shards.write_latents(
+    steps = write_latents(
         autoencoder.model.to(place()), autoencoder.config, pictures, out, side=side,
         command=command, shard_size=shard_size, part=mine, batch_size=batch_size, workers=workers,
         skip_unreadable=skip_unreadable,
@@ -273,14 +275,14 @@ def latents(
     with tqdm(total=len(pictures) // mine[1], desc="encoding", unit="picture") as bar:
         for number in steps:
             bar.update(number)
-    if not (out / shards.MANIFEST).is_file():
+    if not (out / MANIFEST).is_file():
         print(f"part {mine[0]}/{mine[1]} is in {out}; the others are not there yet")
         return 0
-    data = shards.LatentShards(out)
+    data = LatentShards(out)
     print(f"{out}: {len(data):,} pictures, {len(data.classes)} classes, latents {data.shape}, "
           f"scale {data.latent_scale:.4f}, bound {data.clip:.2f}")  # fmt: skip
     if data.skipped:
-        print(f"  left out: {len(data.skipped)} that cannot be read, listed in {shards.MANIFEST}")
+        print(f"  left out: {len(data.skipped)} that cannot be read, listed in {MANIFEST}")
     return 0
 
 

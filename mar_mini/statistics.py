@@ -81,25 +81,32 @@ class Statistics:
         return cls(mean, cov, **known)
 
 
-def distance(ours: Statistics, theirs: Statistics) -> float:
-    """Fréchet distance of two sets of images (Heusel et al. 2017).
+def check_comparable(
+    theirs: Statistics, numbers: int, features: str | None, image_size: int | None
+) -> None:
+    """Raises ValueError where a distance to these statistics would mean nothing.
 
-    Raises ValueError where the figure would mean nothing: other features, other image sizes.
+    numbers, features, image_size  of our images: numbers an image, name of the network, pixels
     """
-    mine, other = len(ours.mean), len(theirs.mean)
-    if mine != other or (theirs.features or ours.features) != ours.features:
+    other = len(theirs.mean)
+    if other != numbers or theirs.features not in (None, features):
         whose = theirs.features or ("Inception" if other == INCEPTION else "an unknown network")
         raise ValueError(
             f"the statistics are of {other} numbers an image ({whose}), these images' features of "
-            f"{mine} ({ours.features}); for published statistics write the images with `mar-mini "
+            f"{numbers} ({features}); for published statistics write the images with `mar-mini "
             "generate --png` and run the evaluator that they belong to, or make statistics of real "
             "images here: mar-mini evaluate --images SOURCE --size SIDE --write-statistics FILE"
         )
-    if theirs.image_size not in (None, ours.image_size):
+    if theirs.image_size not in (None, image_size):
         raise ValueError(
-            f"the statistics are of images of {theirs.image_size} pixels, these have "
-            f"{ours.image_size}; make them of the same size"
+            f"the statistics are of images of {theirs.image_size} pixels, these have {image_size}; "
+            "make them of the same size"
         )
+
+
+def distance(ours: Statistics, theirs: Statistics) -> float:
+    """Fréchet distance of two sets of images (Heusel et al. 2017). Raises as `check_comparable`."""
+    check_comparable(theirs, len(ours.mean), ours.features, ours.image_size)
     return frechet_from_moments(ours.mean, ours.cov, theirs.mean, theirs.cov)
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from mar_mini import AutoencoderKL, load_pretrained
 from mar_mini.configs import TrainingConfig, VAEConfig, get_config
 from mar_mini.data import data_dir, load_images, normalise, to_tensors
-from mar_mini.latents import LatentShards, open_vae, write_latents
+from mar_mini.encoding import open_vae, write_latents
+from mar_mini.latents import LatentShards
 from mar_mini.parts import parse_part, pieces
 from mar_mini.pictures import center_crop, open_pictures
 from mar_mini.recipes import train_from_latents
