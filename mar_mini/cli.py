@@ -114,13 +114,22 @@ def data(name: tyro.conf.Positional[str], origin: Path | None = None) -> int:
 
 
 def evaluate(
-    model: Annotated[str, tyro.conf.Positional],
+    model: Annotated[str | None, tyro.conf.Positional] = None,
     samples: int = 1000,
     reference: Path | None = None,
     seed: int = 0,
     fast: bool = False,
+    images: str | None = None,
+    statistics: Path | None = None,
+    write_statistics: Path | None = None,
+    size: int | None = None,
+    split: str = "train",
+    workers: int = 0,
 ) -> int:
-    """Judge a model's samples against real images; each figure stands beside its floor.
+    """Judge a model's samples against real images, or a set of images against statistics.
+
+    With a model each figure stands beside its floor. With --images it is the Fréchet distance of
+    images in a folder (`generate` makes them) to the statistics in a file.
 
     Args:
         model: bundled model, or a folder that `train` wrote.
@@ -128,12 +137,23 @@ def evaluate(
         reference: what they are compared with; the bundled one of CIFAR-10 by default.
         seed: decides everything that is random.
         fast: judge the approximate sampler.
+        images: judge these instead of a model's samples: a folder with parquet files or pictures.
+        statistics: .npz with mu and sigma of the features of real images.
+        write_statistics: write those of --images to this .npz, for later comparisons.
+        size: side in pixels that the images are cropped to; else they must all be of one size.
+        split: which parquet files, where there are several kinds: train or validation.
+        workers: processes that read pictures.
     """
     import torch
     from tqdm import tqdm
 
     from mar_mini.checkpoints import load_pretrained
     from mar_mini.data import data_dir
+
+    if images is not None:
+        return judge_images(images, statistics, write_statistics, size, split, workers)
+    if model is None:
+        raise ValueError("nothing to judge; give a model, or --images FOLDER --statistics FILE")
     from mar_mini.evaluation import Reference, judge
     from mar_mini.features import features_of, load_features
     from mar_mini.sampling import FAST
@@ -202,6 +222,181 @@ def info(
     return 0
 
 
+def judge_images(images, statistics, write_statistics, size, split, workers) -> int:
+    """`evaluate --images`."""
+    import torch
+    from tqdm import tqdm
+
+    from mar_mini import statistics as of
+    from mar_mini.features import NUM_FEATURES, load_features
+    from mar_mini.generating import check_complete
+    from mar_mini.parts import place
+    from mar_mini.pictures import open_pictures
+
+    if statistics is None and write_statistics is None:
+        raise ValueError("give --statistics FILE to compare with, or --write-statistics FILE")
+    known = None if statistics is None else of.Statistics.load(statistics)
+    pictures, network, features = open_pictures(images, split), load_features().to(place()), []
+    check_complete(Path(images), len(pictures))
+    side = size or of.picture_side(pictures)
+    if known is not None:
+        of.check_comparable(known, NUM_FEATURES, network.name, side)
+    with tqdm(total=len(pictures), desc="features", unit="image") as bar:
+        for batch in of.features_in(pictures, network, size, workers=workers):
+            features.append(batch)
+            bar.update(len(batch))
+    ours = of.Statistics.of(torch.cat(features), network.name, side)
+    if write_statistics is not None:
+        ours.save(write_statistics)
+        print(f"wrote {write_statistics}: {ours.count:,} images of {ours.image_size} pixels")
+    if known is not None:
+        value = of.distance(ours, known)
+        number = f"{known.count:,}" if known.count else "an unknown number of"
+        print(f"Fréchet distance {value:.3f} ({ours.features}; {ours.count:,} images; statistics "
+              f"of {number} images)")  # fmt: skip
+    for doubt in of.doubts(ours, known):
+        print(f"  careful: {doubt}")
+    return 0
+
+
+def latents(
+    source: Annotated[str | None, tyro.conf.Positional] = None,
+    vae: str | None = None,
+    out: Path = REPO / "build" / "latents",
+    config: str | None = None,
+    size: int | None = None,
+    split: str = "train",
+    shard_size: int = 2000,
+    part: str | None = None,
+    batch_size: int = 50,
+    workers: int = 0,
+    skip_unreadable: bool = False,
+    check: Path | None = None,
+) -> int:
+    """Encode pictures and their mirror images once, for `train --latents`.
+
+    A run that was stopped or killed goes on when the same command is given again.
+
+    Args:
+        source: a folder with parquet files, imagefolder:PATH (one folder for each class), or a
+            bundled name.
+        vae: bundled model, or a folder with vae.safetensors.
+        out: folder for the latents.
+        config: preset whose autoencoder it is, where its folder has no config.json.
+        size: side in pixels that pictures are cropped to; the autoencoder's by default.
+        split: train, validation, ...
+        shard_size: pictures in a file.
+        part: I/N, for N processes: 0/N to N-1/N. By default what torchrun says, or all.
+        batch_size: pictures encoded at once.
+        workers: processes that read pictures.
+        skip_unreadable: leave out pictures that cannot be read; they are listed in manifest.json.
+        check: read all latents in this folder and compare their checksums; nothing is encoded.
+    """
+    from tqdm import tqdm
+
+    from mar_mini.encoding import open_vae, write_latents
+    from mar_mini.latents import MANIFEST, LatentShards
+    from mar_mini.parts import parse_part, place
+    from mar_mini.pictures import open_pictures
+
+    if check is not None:
+        data = LatentShards(check)
+        for _ in tqdm(data.check(), total=len(data.moments), desc="checking", unit="shard"):
+            pass
+        print(f"{check}: whole, {len(data):,} pictures, {len(data.classes)} classes")
+        return 0
+    if source is None or vae is None:
+        raise ValueError("expected what to encode and by what: mar-mini latents SOURCE --vae MODEL")
+    autoencoder, pictures = open_vae(vae, config), open_pictures(source, split)
+    side = size or autoencoder.config.resolution
+    command = f"mar-mini latents {source} --vae {vae} --out {out}"
+    for name, value, default in (("config", config, None), ("size", size, None),
+                                 ("split", split, "train"), ("shard-size", shard_size, 2000)):
+        command += f" --{name} {value}" if value != default else ""
+    command += " --skip-unreadable" if skip_unreadable else ""
+    mine = parse_part(part)
+    steps = write_latents(
+        autoencoder.model.to(place()), autoencoder.config, pictures, out, side=side,
+        command=command, shard_size=shard_size, part=mine, batch_size=batch_size, workers=workers,
+        skip_unreadable=skip_unreadable,
+    )  # fmt: skip
+    with tqdm(total=len(pictures) // mine[1], desc="encoding", unit="picture") as bar:
+        for number in steps:
+            bar.update(number)
+    if not (out / MANIFEST).is_file():
+        print(f"part {mine[0]}/{mine[1]} is in {out}; the others are not there yet")
+        return 0
+    data = LatentShards(out)
+    print(f"{out}: {len(data):,} pictures, {len(data.classes)} classes, latents {data.shape}, "
+          f"scale {data.latent_scale:.4f}, bound {data.clip:.2f}")  # fmt: skip
+    if data.skipped:
+        print(f"  left out: {len(data.skipped)} that cannot be read, listed in {MANIFEST}")
+    return 0
+
+
+def generate(
+    model: Annotated[str, tyro.conf.Positional],
+    count: int = 50_000,
+    out: Path = REPO / "build" / "generated",
+    part: str | None = None,
+    seed: int = 0,
+    png: bool = False,
+    batch_size: int = 64,
+    shard_size: int = 1000,
+    num_iter: int | None = None,
+    num_sampling_steps: int | None = None,
+    cfg: float | None = None,
+    temperature: float | None = None,
+    fast: bool = False,
+) -> int:
+    """Generate many images to be judged, all classes in turn, each image from its own seed.
+
+    A run that was stopped or killed goes on when the same command is given again.
+
+    Args:
+        model: bundled model, or a folder that `train` wrote.
+        count: how many images.
+        out: folder for them.
+        part: I/N, for N processes: 0/N to N-1/N. By default what torchrun says, or all.
+        seed: decides everything that is random.
+        png: a PNG for each image, as other evaluators want them, instead of parquet files.
+        batch_size: images made at once; it changes none of them but for rounding.
+        shard_size: images in a file, and lost at most by a kill.
+        num_iter: autoregressive steps; this and the next three are the model's defaults if left
+            out.
+        num_sampling_steps: diffusion steps.
+        cfg: guidance weight, 1 for none.
+        temperature: scale of the injected noise.
+        fast: approximate, several times faster; benchmarks/README.md says what it costs.
+    """
+    from tqdm import tqdm
+
+    from mar_mini.checkpoints import load_pretrained
+    from mar_mini.generating import write_images
+    from mar_mini.parts import parse_part, place
+    from mar_mini.sampling import FAST
+
+    pipeline = load_pretrained(model)
+    for network in (pipeline.mar, pipeline.vae):
+        if network is not None:
+            network.to(place())
+    given = {
+        "num_iter": num_iter, "num_sampling_steps": num_sampling_steps, "cfg": cfg,
+        "temperature": temperature,
+    }  # fmt: skip
+    given = {k: v for k, v in given.items() if v is not None}
+    mine = parse_part(part)
+    steps = write_images(
+        pipeline, out, count, seed=seed, part=mine, batch_size=batch_size, shard_size=shard_size,
+        png=png, **{**(FAST if fast else {}), **given},
+    )  # fmt: skip
+    with tqdm(total=count // mine[1], desc="generating", unit="image") as bar:
+        for number in steps:
+            bar.update(number)
+    print(f"part {mine[0]}/{mine[1]} of {count:,} images is in {out}")
+    return 0
+
+
 def doctor() -> int:
     """Say what this machine has and which bundled files are whole."""
     from mar_mini.doctor import findings
@@ -221,10 +416,12 @@ def train(
     max_seconds: float | None = None,
     max_steps: int | None = None,
     data: str | None = None,
+    latents: Path | None = None,
     seed: int = 0,
     compile: bool = False,
     device: str = "auto",
     tensorboard: bool = False,
+    samples: bool = True,
 ) -> int:
     """Train a preset and save the model, its card and a grid of samples in a folder.
 
@@ -240,21 +437,33 @@ def train(
         max_steps: budget of the MAR in steps instead.
         data: what to train on: a bundled name, cifar10, imagenette64 (fetched with `mar-mini
             data`), imagefolder:PATH, or a folder with train.parquet; the preset's by default.
+        latents: train the MAR on what `mar-mini latents` wrote instead.
         seed: decides everything that is random.
         compile: compile the model first, which takes up to a minute.
         device: auto, cpu or cuda.
         tensorboard: write the course of the training for TensorBoard as well (if it is installed).
+        samples: sample on the way and at the end, which takes long for large models.
     """
     import torch
 
     from mar_mini.configs import get_config
     from mar_mini.data import normalise
-    from mar_mini.recipes import AUTOENCODER, recorded, train_pipeline, trainable
+    from mar_mini.latents import LatentShards
+    from mar_mini.recipes import (
+        AUTOENCODER,
+        MOMENTS,
+        recorded,
+        train_latents,
+        train_pipeline,
+        trainable,
+    )
     from mar_mini.sources import open_images
     from mar_mini.viz.figures import image_grid, save_figure
 
     preset = get_config(config)
-    side = trainable(preset).img_size
+    if what == "vae" and latents is not None:
+        raise ValueError("latents are what an autoencoder made; train it on --data")
+    side = trainable(preset).img_size if latents is None else None
     if max_minutes is not None:
         max_seconds = 60 * max_minutes
     stage = "vae_training" if what == "vae" else "training"
@@ -267,19 +476,29 @@ def train(
         preset = compiled(preset)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    images = open_images(data or preset.data, "train", side)
     folder = out or REPO / "build" / preset.name
-    steps = train_pipeline(
-        preset, normalise(images.images), images.labels, images.classes, seed=seed, device=device,
-        folder=folder / "state",
-    )  # fmt: skip
+    common = {"seed": seed, "device": device, "folder": folder / "state"}
+    if latents is not None:
+        encoded = LatentShards(latents)
+        steps = train_latents(preset, encoded, **common)
+        preset = replace(preset, vae=encoded.autoencoder()[1])
+        origin = {"data": str(latents), "data_crc32": encoded.checksum}
+    else:
+        images = open_images(data or preset.data, "train", side)
+        steps = train_pipeline(preset, normalise(images.images), images.labels, images.classes,
+                               **common)  # fmt: skip
+        origin = {"data": data or preset.data, "data_md5": images.checksum}
     last = AUTOENCODER if what == "vae" else None
-    pipeline = watched(recorded(steps, folder), folder, last, tensorboard)
+    steps = recorded(steps, folder, MOMENTS if samples else ())
+    pipeline = watched(steps, folder, last, tensorboard)
     if what == "vae":
         print(f"saved in {folder}: vae.safetensors; next: mar-mini train mar --config {config}")
         return 0
-    pipeline.card.update(data=data or preset.data, data_md5=images.checksum)
+    pipeline.card.update(origin)
     pipeline.save(folder, preset)
+    if not samples:
+        print(f"saved in {folder}: config.json, mar.safetensors")
+        return 0
     grid = pipeline.generate([i % len(pipeline.classes) for i in range(40)])
     save_figure(image_grid(grid, columns=10), folder / "samples.png")
     print(f"saved in {folder}: config.json, mar.safetensors, samples.png")
@@ -490,7 +709,7 @@ def main() -> None:
     commands = {
         "course": course, "lab": lab, "lab-reset": lab_reset, "app": app, "test": test,
         "train": train, "sample": sample, "data": data, "doctor": doctor, "evaluate": evaluate,
-        "convert": convert, "info": info,
+        "convert": convert, "info": info, "latents": latents, "generate": generate,
     }  # fmt: skip
     try:
         status = tyro.extras.subcommand_cli_from_dict(commands, prog="mar-mini")

@@ -3,7 +3,7 @@
 import subprocess
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from mar_mini.checkpoints import Pipeline, save_weights
 from mar_mini.configs import Config, MARConfig
 from mar_mini.distributed import Alone
 from mar_mini.files import write_atomically
+from mar_mini.latents import LatentShards
 from mar_mini.mar import MAR
 from mar_mini.runs import Checkpoints, History, resumable
 from mar_mini.sampling import evaluating
@@ -51,10 +52,7 @@ def train_pipeline(
     run, or the autoencoder is missing; `runs.Interrupted` after Ctrl-C, with everything saved.
     """
     mar_config = trainable(config)
-    if len(classes) != mar_config.class_num:
-        raise ValueError(
-            f"{len(classes)} classes, but preset {config.name!r} is made for {mar_config.class_num}"
-        )
+    check_classes(config, classes)
     if images.shape[-1] != mar_config.img_size or images.shape[-2] != mar_config.img_size:
         raise ValueError(
             f"images are {tuple(images.shape)}; preset {config.name!r} is made for "
@@ -65,37 +63,44 @@ def train_pipeline(
 
 def train_latents(
     config: Config,
-    latents,
+    latents: LatentShards,
     *,
-    vae: AutoencoderKL | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     folder: Path | None = None,
     processes: Alone = ALONE,
     save_every: float = 120.0,
 ) -> Iterator["Progress"]:
-    """Train the MAR of a preset on latents that are there already; else as `train_pipeline`.
+    """Train the MAR of a preset on latents that were encoded before; else as `train_pipeline`.
 
-    latents  `batches.Images` that also know the names of their `classes` and their `latent_scale`
-    vae      what made them, for the pipeline
-
-    Raises ValueError if the preset has no MAR or is made for another number of classes.
+    Raises ValueError, at once, if the latents or their classes do not fit the preset.
     """
     if config.mar is None:
         raise ValueError(f"preset {config.name!r} has no MAR to train; choose one that has")
-    if len(latents.classes) != config.mar.class_num:
+    side = config.mar.img_size // config.mar.vae_stride
+    expected = (config.mar.vae_embed_dim, side, side)
+    if latents.shape != expected:
         raise ValueError(
-            f"{len(latents.classes)} classes, but preset {config.name!r} is made for "
-            f"{config.mar.class_num}"
+            f"latents are {latents.shape}; preset {config.name!r} is made for {expected}; encode "
+            f"pictures of {config.mar.img_size} pixels by its autoencoder"
         )
+    check_classes(config, latents.classes)
+    vae, vae_config = latents.autoencoder()
+    config = replace(config, vae=vae_config, vae_training=None)
     torch.manual_seed(seed)
-    data = [len(latents), zlib.crc32(latents.labels.numpy()), latents.latent_scale]
     pipeline = partial(
-        Pipeline, vae=vae, latent_scale=latents.latent_scale, clip=config.sampling.clip,
-        classes=list(latents.classes), defaults=config.sampling,
+        Pipeline, vae=vae and vae.to(device), latent_scale=latents.latent_scale,
+        clip=latents.clip, classes=list(latents.classes), defaults=config.sampling,
     )  # fmt: skip
-    run = Run(config, data, seed, device, folder, processes, save_every)
+    run = Run(config, latents.checksum, seed, device, folder, processes, save_every)
     return masked(run, latents, pipeline)
+
+
+def check_classes(config: Config, classes: list[str]) -> None:
+    if len(classes) != config.mar.class_num:
+        raise ValueError(
+            f"{len(classes)} classes, but preset {config.name!r} is made for {config.mar.class_num}"
+        )
 
 
 def trainable(config: Config) -> MARConfig:

@@ -261,12 +261,17 @@ FETCHERS = {"cifar10": fetch_cifar10, "imagenette64": fetch_imagenette64}
 # Pictures -----------------------------------------------------------------------------------------
 
 
-def square(picture: Image.Image, side: int) -> np.ndarray:
-    """The middle of a picture as uint8 (3, side, side); transparent parts become white."""
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Three colours; transparent parts become white."""
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = picture.convert("RGB")
+    return picture.convert("RGB")
+
+
+def square(picture: Image.Image, side: int) -> np.ndarray:
+    """The middle of a picture as uint8 (3, side, side)."""
+    picture = to_rgb(picture)
     short = min(picture.size)
     left, top = (picture.width - short) // 2, (picture.height - short) // 2
     box = (left, top, left + short, top + short)

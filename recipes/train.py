@@ -108,7 +108,8 @@ def run(arguments: argparse.Namespace, processes: Alone) -> int:
 
         images = LatentShards(arguments.latents)
         steps = train_latents(config, images, **common)
-        source, moments = {"data": str(arguments.latents)}, ()
+        config = replace(config, vae=images.autoencoder()[1])  # that which made them
+        source, moments = {"data": str(arguments.latents), "data_crc32": images.checksum}, ()
     else:
         images = open_images(arguments.data, "train")
         steps = train_pipeline(
