@@ -1,6 +1,7 @@
 """The command line: `mar-mini ...` or `python -m mar_mini ...`."""
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -309,7 +310,7 @@ def latents(
         raise ValueError("expected what to encode and by what: mar-mini latents SOURCE --vae MODEL")
     autoencoder, pictures = open_vae(vae, config), open_pictures(source, split)
     side = size or autoencoder.config.resolution
-    command = f"mar-mini latents {source} --vae {vae} --out {out}"
+    command = shlex.join(["mar-mini", "latents", source, "--vae", vae, "--out", str(out)])
     for name, value, default in (("config", config, None), ("size", size, None),
                                  ("split", split, "train"), ("shard-size", shard_size, 2000)):
         command += f" --{name} {value}" if value != default else ""

@@ -23,8 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from mar_mini.data import data_dir
 from mar_mini.sources import SUFFIXES, to_rgb
 
-UNREADABLE = (OSError, UnidentifiedImageError, ValueError, SyntaxError,
-              Image.DecompressionBombError)  # fmt: skip
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 class Pictures:
@@ -53,6 +52,8 @@ class Pictures:
         try:
             with Image.open(io.BytesIO(self.data(index))) as picture:
                 return to_rgb(picture)
+        except UnidentifiedImageError as error:
+            raise ValueError(f"{self.name(index)} (no image format that is known)") from error
         except UNREADABLE as error:
             raise ValueError(f"{self.name(index)} ({error or type(error).__name__})") from error
 

@@ -19,7 +19,6 @@ from mar_mini.checkpoints import Pipeline, save_weights
 from mar_mini.configs import Config, MARConfig
 from mar_mini.distributed import Alone
 from mar_mini.files import write_atomically
-from mar_mini.latents import LatentShards
 from mar_mini.mar import MAR
 from mar_mini.runs import Checkpoints, History, resumable
 from mar_mini.sampling import evaluating
@@ -63,7 +62,7 @@ def train_pipeline(
 
 def train_latents(
     config: Config,
-    latents: LatentShards,
+    latents: Images,
     *,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -72,6 +71,8 @@ def train_latents(
     save_every: float = 120.0,
 ) -> Iterator["Progress"]:
     """Train the MAR of a preset on latents that were encoded before; else as `train_pipeline`.
+
+    latents  a `latents.LatentShards`, or what knows the same of itself
 
     Raises ValueError, at once, if the latents or their classes do not fit the preset.
     """
