@@ -205,7 +205,6 @@ class GenerationTheatre(Panel):
         return frame.images()[0]
 
     def _on_frame(self, frame: ImageFrame) -> None:
-        follows = self.canvas.step == frame.step  # nobody has gone back in time meanwhile
         self.frames.append(frame)
         turns = self.canvas.turns
         predicted = frame.predicted[0].tolist()
@@ -213,7 +212,7 @@ class GenerationTheatre(Panel):
         self.canvas.turns = [
             frame.step if new else old for new, old in zip(predicted, turns, strict=True)
         ]
-        if follows:
+        if self.canvas.step == frame.step:  # nobody has gone back in time meanwhile
             self.canvas.step = frame.step + 1
         self._show_progress(frame.step + 1)
 
