@@ -302,8 +302,8 @@ def by_percentile(measure, n, *, rounds=100, level=0.95, generator=None):
 
 def by_sorted_values(measure, n, *, rounds=100, level=0.95, generator=None):
     values = sorted(draws(measure, n, rounds, generator))
-    out = (1 - level) / 2 * (rounds - 1)
-    return values[int(out)], values[-1 - int(out)]
+    out = round((1 - level) / 2 * (rounds - 1))
+    return values[out], values[-1 - out]
 
 
 def by_multinomial(measure, n, *, rounds=100, level=0.95, generator=None):
@@ -439,7 +439,7 @@ def overwrites(taken, asked, classes):
         (sorted_first, "sorts both first"),
         (lambda *x: 1 - by_loop(*x), "the share that is wrong"),
         (zero_for_none, "nothing is known of it: nan"),
-        (lambda t, a, k: by_loop(t, a, int(a.max()) + 1)[: k - 1], r"has 4 shares, expected 5"),
+        (lambda t, a, k: by_loop(t, a, int(a.max()) + 1)[: k - 1], "has 3 shares, expected 5"),
         (lambda t, a, k: torch.bincount(a[t == a]) / torch.bincount(a, minlength=k),
          "shapes do not fit"),
         (overwrites, "changed a tensor it was given"),
