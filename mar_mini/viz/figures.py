@@ -318,13 +318,14 @@ def ranking(
 def planes(
     points: dict[str, Float[Tensor, "N 2"]], *, limit: float = 1.1, columns: int | None = None,
     density: Tensor | None = None, arrows: dict[str, Float[Tensor, "N 2"]] | None = None,
-    alt: str = "",
+    size: float = 3, alt: str = "",
 ) -> Figure:  # fmt: skip
     """Points (x, y) in named panels of -limit to limit, over a density, with arrows from them.
 
     density  (H, W), the target under every panel, rows from bottom to top; or (P, H, W), one for
              each panel
     columns  panels in a row, all of them by default
+    size     area of a dot
     """
     columns = min(columns or len(points), len(points))
     rows, cell = -(-len(points) // columns), WIDTH / max(columns, 3)
@@ -345,7 +346,7 @@ def planes(
             ax.quiver(x, y, u, v, color=KNOWN, angles="xy", width=0.008)
         else:
             alone = len(xy) <= 2
-            ax.scatter(x, y, s=60 if alone else 3, marker="X" if alone else "o", color=PREDICTED,
+            ax.scatter(x, y, s=60 if alone else size, marker="X" if alone else "o", color=PREDICTED,
                        alpha=1 if alone else 0.5, linewidths=0)  # fmt: skip
         ax.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
         ax.set_title(name, fontsize=9)
