@@ -406,7 +406,7 @@ assert above > 1 and high - low > 0.8 * moved
 
 # %% [markdown]
 # The photographs' distance is not even *inside* its interval. A draw has 500 images, but only about
-# 316 different ones, and fewer images are further away: you have just measured that. So take the
+# 316 different ones (500 times 1 - 1/e), and fewer images are further away, as you measured. Take the
 # **width** and lay it around the value. With other sets of 500 you can check it: here the bootstrap
 # is too careful rather than too bold.
 #
@@ -528,8 +528,8 @@ assert control < 1.2 and bars[least_wrong][0] > 1.6
 # <details><summary>Answer</summary>
 #
 # The pixel range, by far; it is wrong in a way that no picture shows. Then nearest resizing: the
-# eye forgives jagged edges, the features do not. Too few images multiply by five, because the
-# floor does. Wrong statistics triple it, and the line above shows that it is *which* photographs,
+# eye forgives jagged edges, the features do not. Too few images multiply it by more than five, as
+# the floor does. Wrong statistics triple it, and the line above shows that it is *which* ones,
 # not how many.
 #
 # </details>
