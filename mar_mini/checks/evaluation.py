@@ -140,7 +140,6 @@ def _wrong_distances(a: Tensor, b: Tensor) -> dict[str, Tensor]:
         "takes correlations; covariances keep how far the numbers spread": (
             means + 2 * d - 2 * _root_trace(cor_a @ cor_b)
         ),
-        "takes the covariance of one cloud for both": means,
         "gives the root of the distance; by custom it stays squared": (means + spreads).sqrt(),
         "divides by the number of features; the formula does not": (means + spreads) / d,
     }  # fmt: skip

@@ -406,7 +406,7 @@ assert above > 1 and high - low > 0.8 * moved
 
 # %% [markdown]
 # The photographs' distance is not even *inside* its interval. A draw has 500 images, but only about
-# 316 different ones (500 times 1 - 1/e), and fewer images are further away, as you measured. Take the
+# 316 different (500 times 1 - 1/e), and fewer images are further away, as you measured. Take the
 # **width** and lay it around the value. With other sets of 500 you can check it: here the bootstrap
 # is too careful rather than too bold.
 #
