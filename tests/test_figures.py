@@ -61,6 +61,7 @@ def test_every_figure_has_alternative_text_and_is_small(frames):
         fig.bars({"steps": [1, 2, 3]}, xlabel="step", ylabel="tokens"),
         fig.curves({"loss": ([1, 2], [3, 4])}, xlabel="step", ylabel="loss"),
         fig.error_bars([{"label": "patch 4", "seeds": [1, 2]}], xlabel="size", ylabel="distance"),
+        fig.ranking({"real": [1.0], "samples": [3.0]}, xlabel="distance"),
     ]
     for figure in figures:
         assert len(figure.get_label()) > 10
@@ -85,6 +86,19 @@ def test_error_bars_show_mean_and_spread_of_the_seeds():
     assert [c[0].get_ydata()[0] for c in axes.containers] == [2, 5]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["one", "two"]
     assert fig.TARGET in colours(axes.figure)
+
+
+def test_a_ranking_has_a_bar_for_each_series_of_a_row_and_the_first_on_top():
+    rows = {"cat": [0.5, 0.75], "dog": [0.25, 1.0]}
+    figure = fig.ranking(rows, xlabel="share", series=("real", "samples"), floor=0.1)
+    (axes,) = figure.axes
+    assert [[bar.get_width() for bar in bars] for bars in axes.containers] == [
+        [0.5, 0.25], [0.75, 1.0],
+    ]  # fmt: skip
+    assert axes.yaxis_inverted() and [t.get_text() for t in axes.get_yticklabels()] == list(rows)
+    assert [text.get_text() for text in axes.texts] == ["0.5", "0.25", "0.75", "1"]
+    assert [t.get_text() for t in figure.legends[0].texts] == ["floor", "real", "samples"]
+    assert figure.get_label() == "share: cat 0.5 and 0.75, dog 0.25 and 1"
 
 
 def test_save_figure_leaves_the_old_file_if_drawing_fails(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ PREMISES = [
      "RADIUS, SPREAD, SHARE, LIMIT = 0.2"),
     ("05_transformer", "the rounding of float32", "return x + block.mlp.fc2(h)",
      "return block.mlp.fc2(h)"),
+    ("09_evaluation", "worse > better", "16 / 255 * noise", "4 / 255 * noise"),
 ]  # fmt: skip
 
 
