@@ -61,6 +61,7 @@ def test_every_figure_has_alternative_text_and_is_small(frames):
         fig.bars({"steps": [1, 2, 3]}, xlabel="step", ylabel="tokens"),
         fig.curves({"loss": ([1, 2], [3, 4])}, xlabel="step", ylabel="loss"),
         fig.error_bars([{"label": "patch 4", "seeds": [1, 2]}], xlabel="size", ylabel="distance"),
+        fig.trade_off({"steps": [("10", 1.0, 2.0)]}, xlabel="seconds", ylabel="distance"),
     ]
     for figure in figures:
         assert len(figure.get_label()) > 10
@@ -85,6 +86,18 @@ def test_error_bars_show_mean_and_spread_of_the_seeds():
     assert [c[0].get_ydata()[0] for c in axes.containers] == [2, 5]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["one", "two"]
     assert fig.TARGET in colours(axes.figure)
+
+
+def test_a_trade_off_shows_each_point_its_bar_and_the_floor():
+    lines = {"a": [("few", 1.0, 9.0), ("many", 2.0, 5.0)], "b": [("other", 1.5, 7.0)]}
+    figure = fig.trade_off(lines, xlabel="seconds", ylabel="distance", error=2.0, floor=1.0)
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["few", "many", "other"]
+    first, second = axes.containers
+    assert first[0].get_xydata().tolist() == [[1, 9], [2, 5]]
+    assert second[2][0].get_segments()[0][:, 1].tolist() == [5, 9]
+    assert axes.get_ylim()[0] == 0 and [1, 1] in [list(x.get_ydata()) for x in axes.lines]
+    assert "few, many; b: other" in figure.get_label()
 
 
 def test_save_figure_leaves_the_old_file_if_drawing_fails(tmp_path, monkeypatch):

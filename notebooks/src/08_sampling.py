@@ -260,9 +260,9 @@ linear_cfg = check.linear_cfg(linear_cfg)
 # schedule will more change?
 
 # %%
-def grid(labels, settings, generators=1):
+def grid(labels, settings, offset=1):
     """A row of pictures for each setting, all from the same noise."""
-    rows = [photos.generate(labels, generator=seeded(generators), **x) for x in settings]
+    rows = [photos.generate(labels, generator=seeded(offset), **x) for x in settings]
     fig.show(fig.image_grid(torch.cat(rows), columns=len(labels)))
 
 
@@ -379,7 +379,8 @@ def roughness(images):
 kinds = torch.arange(20) % 10
 rough = {n: roughness(photos.generate(kinds, num_sampling_steps=n, generator=seeded(4)))
          for n in (5, 10, 50)}  # fmt: skip
-real = data.to_tensors(data.load_images("cifar10_mini", "test"))[0] / 255
+real, kind = data.to_tensors(data.load_images("cifar10_mini", "test"))
+real = real / 255
 print(f"between neighbouring pixels: {rough}, photographs {roughness(real):.3f}")
 assert rough[5] > 1.5 * rough[50] and rough[10] > 1.1 * rough[50]
 
@@ -463,8 +464,7 @@ def paint(model, labels, tokens, known, num_iter, cfg, generator, **settings):
 # known tokens stay as they are. Do the known *pixels*?
 
 # %%
-labels = data.load_images("cifar10_mini", "test").labels
-chosen = torch.as_tensor(labels == 7).nonzero()[:4].flatten()  # four horses
+chosen = (kind == 7).nonzero()[:4].flatten()  # four horses
 photo, given = real[chosen], photos.to_tokens(real[chosen])
 known = torch.ones(len(chosen), 4, 4, dtype=torch.bool)
 known[:, 1:3, 1:3] = False
@@ -577,15 +577,82 @@ for knob, rows in NOTCHES.items():
         verdict = "worth it" if gain > CHANCE else "chance"
         print(f"{knob:15} to {high:19} {gain:+6.1f} for {more:+5.1f} s: {verdict}")
 
+
+# %% tags=["claim"]
+first, last = [rows[1] for rows in NOTCHES.values()], [rows[-1] for rows in NOTCHES.values()]
+least = min(gains[pair] for pair in zip(NOTCHES, first, strict=True))
+most = max(gains[pair] for pair in zip(NOTCHES, last, strict=True))
+print(f"first notches bring {least:.0f} or more, last ones {most:.0f} or less, chance {CHANCE:.0f}")
+assert least > CHANCE > most
+
 # %% [markdown]
-# Knobs that cost nothing, or save time, are compared with the default alone.
+# The first notch of each knob pays, the last of each does not. In points for a second, diffusion
+# steps come first (17), then iterations (4.5), then guidance (3.3). Guidance is the dearest, but
+# brings 73 points that nothing else does. So:
+#
+# **Begin cheap. Turn one knob by one notch, keep it if the gain is more than chance, stop at the
+# first notch that is not. First diffusion steps, then iterations, then guidance; temperature is
+# free, so try it last, at the setting you will use.**
+#
+# By this rule 8 iterations, guidance 3, temperature 1, and DPM-Solver with 10 steps, which is no
+# worse than DDPM with 25. But knobs are not independent: `fast` puts together several that cost
+# little alone, and loses 60 points. *Predict first:* and this setting?
+
+# %% tags=["claim"]
+CHOICE = {"num_iter": 8, "cfg": 3.0, "temperature": 1.0, "num_sampling_steps": 10,
+          "solver": "dpm_solver"}  # fmt: skip
+rounds = [(seconds(), seconds(**CHOICE)) for _ in range(3)]
+ratio = min(r[0] for r in rounds) / min(r[1] for r in rounds)
+for name in ("default", "fast", "chapter 8's choice"):
+    print(f"{name:18} distance {table[name]['distance']:.0f}")
+print(f"the choice is {ratio:.1f} times as fast as the default")
+assert ratio > 1.3 and table["default"]["distance"] - table[name]["distance"] > CHANCE
 
 # %%
-default = table["default"]
-for name, row in sorted(table.items(), key=lambda item: item[1]["seconds"] or 0):
-    gain = default["distance"] - row["distance"]
-    if row["seconds"] and abs(gain) > CHANCE:
-        print(f"{name:24} {gain:+6.1f}, {row['seconds'] - default['seconds']:+5.1f} s")
+grid(classes, [{}, FAST, CHOICE], 8)
 
 # %% [markdown]
-# Going further and recap to be written.
+# <details><summary>Answer</summary>
+#
+# Better than the default by more than chance, in less than half of the time. From top to bottom:
+# the default, `fast`, the choice.
+#
+# </details>
+#
+# What of this is true of other models? The paper finds 100 diffusion steps enough (figure 4), varies
+# the temperature from 0.90 to 1.05 (figure 5), and trades 8 to 128 iterations against time (figure
+# 6). There 256 iterations beat 64 (its table 1: FID 1.84 against 1.98), here 16 do not beat 8. But
+# in the paper that is 1 token in a step against 4, here 1 against 2. Its
+# guidance is about 3 with a linear schedule, here constant is better. So take the *rule* with you,
+# not the numbers: one model, one training, one measure, ten small classes. And the measure does not
+# see everything: by recall (chapter 9) the default's samples have next to none of the variety of
+# photographs (0.004, photographs 0.77; `cifar10.json`). Guidance and a low temperature buy clear
+# pictures with variety.
+#
+# ## Going further
+#
+# 1. Write a schedule that guides at the beginning and not at the end, and draw the grid again. What
+#    does the beginning decide?
+# 2. Fill a hole of 2x2 tokens with the photograph's class, with another and with -1. What do the
+#    known tokens overrule?
+# 3. Let a hole of 12 tokens be filled in 1 step and in 12. Where do you see the seam?
+# 4. Open: the tokens of one step do not see each other. Could a step *look back* and draw a token
+#    again that fits badly?
+#
+# ## Recap
+#
+# Generation is a loop over one step: which tokens come now, `z` for them with and without class, a
+# draw of the head, into place. In-painting is the same loop with some tokens known from the start.
+# The knobs buy quality with time up to a point that you can measure, and most defaults lie beyond
+# it.
+#
+# | symbol | in code | module |
+# |---|---|---|
+# | one step | `one_step` | `sampling` |
+# | the loop | `sample`, `steps`, `Frame` | `sampling` |
+# | guidance, its schedule | `sample(cfg, cfg_schedule)`, `linear_cfg`, `guide` | `sampling`, `diffloss` |
+# | given tokens | `sample(tokens, known)`, `known_first` | `sampling`, `masking` |
+# | DDPM, DDIM, DPM-Solver | `SOLVERS` | `solvers` |
+# | what is left out | `Reuse`, `FAST` | `reuse`, `sampling` |
+#
+# The next chapter needs samples: it asks how good they are, and what a distance can and cannot say.
