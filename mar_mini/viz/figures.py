@@ -289,6 +289,8 @@ def trade_off(
 ) -> Figure:  # fmt: skip
     """What is gained for what it costs: points (label, cost, gain), joined along each named line.
 
+    The axis of the cost begins at 0.
+
     error  half the length of the bar on each point
     floor  what the best possible point would reach: a dashed line, and the axis begins at 0
     """
@@ -308,6 +310,7 @@ def trade_off(
                           fontsize=8, color=colour)  # fmt: skip
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.margins(x=0.12)
+    axes.set_xlim(left=0)
     if floor is not None:
         axes.axhline(floor, color="black", linestyle="--", linewidth=1, label="floor")
         axes.set_ylim(bottom=0)
