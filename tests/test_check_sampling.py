@@ -27,9 +27,7 @@ def stepped(
     still = masking.mask_by_order(order, num_masked)
     now = mask & ~still
     given = seen(tokens), under(mask, still), wanted(now)
-    z, z_uncond = both(
-        *(z_of(model, y, *given).flatten(0, 1) for y in (labels, none(labels)))
-    )
+    z, z_uncond = both(*(z_of(model, y, *given).flatten(0, 1) for y in (labels, none(labels))))
     drawn = model.diffloss.sample(z, z_uncond, cfg=weight(cfg), **settings)
     new = put(tokens, now, drawn, order)
     if new is None:
