@@ -20,6 +20,8 @@ PREMISES = [
      "RADIUS, SPREAD, SHARE, LIMIT = 0.2"),
     ("05_transformer", "the rounding of float32", "return x + block.mlp.fc2(h)",
      "return block.mlp.fc2(h)"),
+    ("08_sampling", "largest difference to the package's tokens", "mask, order, left, cfg,",
+     "mask, order, left, 1.0,"),
 ]  # fmt: skip
 
 

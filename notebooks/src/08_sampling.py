@@ -352,10 +352,8 @@ plot({"iterations": {"4": "4 iterations", "8": "8 iterations", "16": "default"}}
 # walk the same way without noise, in fewer steps. *Predict first:* what do too few steps look like?
 
 # %%
-grid(classes, [
-    {"num_sampling_steps": 5}, {"num_sampling_steps": 10}, {"num_sampling_steps": 50},
-    {"num_sampling_steps": 10, "solver": "dpm_solver"},
-])  # fmt: skip
+few = [{"num_sampling_steps": n} for n in (5, 10, 50)]
+grid(classes, [*few, {"num_sampling_steps": 10, "solver": "dpm_solver"}])
 steps = {"10": "10 diffusion steps", "25": "25 diffusion steps", "50": "default",
          "100": "100 diffusion steps"}
 plot({"DDPM": steps, "DDPM, fewer later": {"50 to 5": "50 to 5 diffusion steps"},
