@@ -309,8 +309,7 @@ def trade_off(
             axes.annotate(label, (at, height), xytext=(5, 4), textcoords="offset points",
                           fontsize=8, color=colour)  # fmt: skip
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.margins(x=0.12)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.12 * max(x for points in lines.values() for _, x, _ in points))
     if floor is not None:
         axes.axhline(floor, color="black", linestyle="--", linewidth=1, label="floor")
         axes.set_ylim(bottom=0)

@@ -52,8 +52,8 @@ def seeded(offset=0):
 photos, digits = load_pretrained("cifar10"), load_pretrained("digits")
 frames = list(photos.sample([7], generator=torch.Generator().manual_seed(3)))
 fig.show(fig.filmstrip(frames, alt="A horse grows in 16 steps"))
-frames = list(digits.sample([8], num_iter=5, generator=torch.Generator().manual_seed(2)))
-fig.show(fig.filmstrip(frames, alt="The digit 8 grows in 5 steps"))
+frames = list(digits.sample([3], num_iter=5, generator=torch.Generator().manual_seed(4)))
+fig.show(fig.filmstrip(frames, alt="The digit 3 grows in 5 steps"))
 
 # %% [markdown]
 # Nothing is ever taken back: a token that is known stays. So the first ones, drawn when nothing is
@@ -269,14 +269,17 @@ grid(classes, [{"cfg": cfg, "cfg_schedule": "constant"} for cfg in weights])
 
 # %% [markdown]
 # From top to bottom guidance 1, 3, 4.5 and 7; above with your schedule, below with a constant
-# weight. More guidance: clearer shapes, stronger colours, and at 7 pictures that look alike. In
-# numbers, first for the digits: a classifier (the nearest mean image of a class) says how often it
-# finds the digit that was asked for. It finds 81% of *real* digits.
+# weight. With more guidance shapes become clearer and colours stronger, up to loud ones at 7; and a
+# constant weight changes more. In numbers, first for the digits: in how many does a classifier (the
+# nearest mean image of a class) find what was asked for?
 
 # %% tags=["claim"]
 train_images, train_labels = data.to_tensors(data.load_images("digits"))
 means = evaluation.class_means(data.denormalise(data.normalise(train_images)), train_labels)
 asked = torch.arange(200) % 10
+tests, names = data.to_tensors(data.load_images("digits", "test"))
+share = evaluation.recognised(data.denormalise(data.normalise(tests)), names, means)
+print(f"real digits: {share:.1%} are recognised")
 shares = {}
 for cfg in (1.0, 3.0):
     drawn = digits.generate(asked, cfg=cfg, num_sampling_steps=15, generator=seeded(2))
@@ -371,7 +374,9 @@ rough = {n: roughness(photos.generate(kinds, num_sampling_steps=n, generator=see
          for n in (5, 10, 50)}  # fmt: skip
 real, kind = data.to_tensors(data.load_images("cifar10_mini", "test"))
 real = real / 255
-print(f"between neighbouring pixels: {rough}, photographs {roughness(real):.3f}")
+for n, value in rough.items():
+    print(f"{n:2} steps: difference of neighbouring pixels {value:.3f}")
+print(f"photographs: {roughness(real):.3f}")
 assert rough[5] > 1.5 * rough[50] and rough[10] > 1.1 * rough[50]
 
 # %% [markdown]
@@ -595,8 +600,8 @@ grid(classes, [{}, FAST, CHOICE], 8)
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Better than the default by more than chance, in less than half of the time. From top to bottom:
-# the default, `fast`, the choice.
+# Better than the default by more than chance, and several times as fast. From top to bottom: the
+# default, `fast`, the choice.
 #
 # </details>
 #
