@@ -326,7 +326,7 @@ assert spreads[0.0] < 0.5 * spreads[1.0]
 #
 # From top to bottom 0, 0.9, 1 and 1.1. At 0 they are smooth and nearly alike: only the order and
 # the first noise of each token differ. Temperature costs no time. From 0.9 to 1 the distance falls
-# by 40; from 0.95 to 1 by 13, hardly more than chance.
+# by 40; from 0.95 to 1 by 13, which is about the size of chance.
 #
 # </details>
 #
@@ -582,9 +582,9 @@ assert least > CHANCE > most
 # first notch that is not. First diffusion steps, then iterations, then guidance; temperature is
 # free, so try it last, at the setting you will use.**
 #
-# By this rule 8 iterations, guidance 3, temperature 1, and DPM-Solver with 10 steps, which is no
-# worse than DDPM with 25. But knobs are not independent: `fast` puts together several that cost
-# little alone, and loses 60 points. *Predict first:* and this setting?
+# That is 8 iterations, guidance 3, temperature 1, and DPM-Solver with 10 steps (no worse than DDPM
+# with 25). But the table turns each knob alone, and they are not independent: `fast` puts together
+# several that cost little, and loses 60 points. *Predict first:* and this setting?
 
 # %% tags=["claim"]
 CHOICE = {"num_iter": 8, "cfg": 3.0, "temperature": 1.0, "num_sampling_steps": 10,
