@@ -47,6 +47,10 @@ OPTIONS = {
     "features each 4th iteration": {"refresh_features": 4},
     "guidance each 4th iteration": {"refresh_guidance": 4},
     "fast": FAST,
+    "chapter 8's choice": {
+        "solver": "dpm_solver", "num_sampling_steps": 10, "num_iter": 8, "cfg": 3.0,
+        "temperature": 1.0,
+    },
 }  # fmt: skip
 
 

@@ -156,6 +156,17 @@ def mask_by_order(order: Int[Tensor, "B L"], num_masked: int) -> Bool[Tensor, "B
     return mask.scatter_(1, order[:, order.shape[1] - num_masked :], True)
 
 
+def known_first(order: Int[Tensor, "B L"], known: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+    """The order with the known places in front; else each place keeps its turn among its kind.
+
+    order    int64 (B, L), first to last
+    known    bool (B, L), True = known from the start, by place and not by turn
+    returns  int64 (B, L), each row a permutation
+    """
+    unknown = ~known.gather(1, order)                                       # (B, L) by turn
+    return order.gather(1, unknown.int().argsort(dim=1, stable=True))       # (B, L)
+
+
 def positions(chosen: Bool[Tensor, "B L"], what: str = "chosen") -> Int[Tensor, "B K"]:
     """Positions of the chosen tokens of each row, ascending.
 

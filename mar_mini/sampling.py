@@ -7,14 +7,21 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mar_mini.choice import choose
 from mar_mini.diffloss import Generators
 from mar_mini.diffusion import Diffusion
 from mar_mini.mar import MAR, NO_CLASS, check_labels
-from mar_mini.masking import Order, check_order, make_order, mask_by_order, masked_after
+from mar_mini.masking import (
+    Order,
+    check_order,
+    known_first,
+    make_order,
+    mask_by_order,
+    masked_after,
+)
 from mar_mini.reuse import Reuse
 from mar_mini.solvers import FIRST_TIMESTEP, SOLVERS
 
@@ -107,8 +114,7 @@ def sample(
         raise ValueError(f"{len(generator)} generators for {len(labels)} images; pass one for each")
     tokens, mask = start(model, len(labels), tokens, known)
     order = resolve_order(order, model, len(labels), generator).to(device)
-    # the masked places in their turn: the stable sort moves what is known to the front
-    turn = order.gather(1, mask.gather(1, order).int().argsort(dim=1, stable=True))
+    turn = known_first(order, ~mask)
     schedule = masked_after(int(mask[0].sum()), num_iter)
     if isinstance(cfg_schedule, str):
         cfg_schedule = choose("cfg_schedule", cfg_schedule, CFG_SCHEDULES)
@@ -127,11 +133,9 @@ def sample(
         weight if lowest <= share < highest and (labels != NO_CLASS).any() else 1.0
         for weight, share in zip(weights, known_shares, strict=True)
     ]
-    if refresh_features == refresh_guidance == 1:
-        conditions = partial(exact_conditions, model, labels)
-    else:
-        conditions = Reuse(model, labels, refresh_features, refresh_guidance)
-    return steps(model, conditions, tokens, mask, turn, schedule, weights, head_arguments)
+    exact = refresh_features == refresh_guidance == 1
+    reuse = None if exact else Reuse(model, labels, refresh_features, refresh_guidance)
+    return steps(model, labels, reuse, tokens, mask, turn, schedule, weights, head_arguments)
 
 
 def check_settings(
@@ -165,27 +169,57 @@ def anneal(num_steps: int | tuple[int, int] | None, known_shares: list[float]) -
 
 
 def steps(
-    model: MAR, conditions: Callable, tokens: Tensor, mask: Tensor, turn: Tensor,
+    model: MAR, labels: Tensor, reuse: Reuse | None, tokens: Tensor, mask: Tensor, turn: Tensor,
     schedule: list[int], weights: list[float], head_arguments: list[dict],
 ) -> Iterator[Frame]:  # fmt: skip
-    """The loop itself: which tokens come next, draw them, put them in their places.
+    """The loop itself: `one_step` until nothing is masked.
 
-    conditions      (step, tokens, mask, predicted, guided) -> z, z_uncond: `exact_conditions`
+    reuse           where z comes from; None: all of it is computed at each step
     turn            int64 (B, L), the order with the known places first
     schedule        how many tokens are still masked after each step
     weights         guidance weight of each step
     head_arguments  of each step
     """
     for step, num_masked in enumerate(schedule):
-        still = mask_by_order(turn, num_masked)                                 # (B, L)
-        predicted = mask & ~still                                               # (B, L)
-        weight = weights[step]
-        with torch.no_grad(), evaluating(model):
-            z, z_uncond = conditions(step, tokens, mask, predicted, weight != 1.0)
-            drawn = model.diffloss.sample(z, z_uncond, cfg=weight, **head_arguments[step])
-        tokens = tokens.masked_scatter(predicted[..., None], drawn)             # (B, L, C)
-        mask = still
-        yield Frame(step, tokens, predicted, mask)
+        before = mask
+        tokens, mask = one_step(
+            model, labels, tokens, before, turn, num_masked, weights[step],
+            conditions=None if reuse is None else partial(reuse, step), **head_arguments[step],
+        )  # fmt: skip
+        yield Frame(step, tokens, before & ~mask, mask)
+
+
+def one_step(
+    model: MAR,
+    labels: Int[Tensor, " B"],
+    tokens: Float[Tensor, "B L C"],
+    mask: Bool[Tensor, "B L"],
+    order: Int[Tensor, "B L"],
+    num_masked: int,
+    cfg: float,
+    *,
+    conditions: Callable | None = None,
+    **head_arguments,
+) -> tuple[Float[Tensor, "B L C"], Bool[Tensor, "B L"]]:
+    """One autoregressive step: which tokens come next, draw them, put them in their places.
+
+    labels          (B,) int64, -1 = no class
+    tokens          (B, L, C) as they are so far
+    mask            (B, L) bool, True = masked before this step
+    order           (B, L) int64, first to last; places that are known come first
+    num_masked      how many tokens of each image are still masked after this step
+    cfg             guidance weight of this step; 1 = none
+    conditions      (tokens, mask, predicted, guided) -> z, z_uncond; `exact_conditions` if None
+    head_arguments  of the head's `sample`: temperature, generator, ...
+    returns         new tokens and mask; what was given is not changed
+    """
+    conditions = conditions or partial(exact_conditions, model, labels)
+    still = mask_by_order(order, num_masked)                                    # (B, L)
+    predicted = mask & ~still                                                   # (B, L)
+    with torch.no_grad(), evaluating(model):
+        z, z_uncond = conditions(tokens, mask, predicted, cfg != 1.0)
+        drawn = model.diffloss.sample(z, z_uncond, cfg=cfg, **head_arguments)   # (N, C)
+    return tokens.masked_scatter(predicted[..., None], drawn), still
 
 
 def generate(model: MAR, labels=None, **arguments) -> Float[Tensor, "B L C"]:
@@ -194,8 +228,7 @@ def generate(model: MAR, labels=None, **arguments) -> Float[Tensor, "B L C"]:
 
 
 def exact_conditions(
-    model: MAR, labels: Tensor, step: int, tokens: Tensor, mask: Tensor, predicted: Tensor,
-    guided: bool,
+    model: MAR, labels: Tensor, tokens: Tensor, mask: Tensor, predicted: Tensor, guided: bool
 ) -> tuple[Float[Tensor, "N E"], Float[Tensor, "N E"] | None]:  # fmt: skip
     """z of the `predicted` places, batch-major, from all tokens that are known.
 

@@ -187,7 +187,7 @@ def conditions_of(model: MAR, refresh_features: int, refresh_guidance: int):
         )
         given = (step, tokens.masked_fill(mask[..., None], 0), mask, mask & ~still, True)
         with torch.no_grad():
-            pairs.append((reuse(*given), exact_conditions(model, LABELS, *given)))
+            pairs.append((reuse(*given), exact_conditions(model, LABELS, *given[1:])))
         left = after
     return pairs
 

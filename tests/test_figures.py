@@ -62,6 +62,7 @@ def test_every_figure_has_alternative_text_and_is_small(frames):
         fig.curves({"loss": ([1, 2], [3, 4])}, xlabel="step", ylabel="loss"),
         fig.error_bars([{"label": "patch 4", "seeds": [1, 2]}], xlabel="size", ylabel="distance"),
         fig.ranking({"real": [1.0], "samples": [3.0]}, xlabel="distance"),
+        fig.trade_off({"steps": [("10", 1.0, 2.0)]}, xlabel="seconds", ylabel="distance"),
     ]
     for figure in figures:
         assert len(figure.get_label()) > 10
@@ -99,6 +100,18 @@ def test_a_ranking_has_a_bar_for_each_series_of_a_row_and_the_first_on_top():
     assert [text.get_text() for text in axes.texts] == ["0.5", "0.25", "0.75", "1"]
     assert [t.get_text() for t in figure.legends[0].texts] == ["floor", "real", "samples"]
     assert figure.get_label() == "share: cat 0.5 and 0.75, dog 0.25 and 1"
+
+
+def test_a_trade_off_shows_each_point_its_bar_and_the_floor():
+    lines = {"a": [("few", 1.0, 9.0), ("many", 2.0, 5.0)], "b": [("other", 1.5, 7.0)]}
+    figure = fig.trade_off(lines, xlabel="seconds", ylabel="distance", error=2.0, floor=1.0)
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["few", "many", "other"]
+    first, second = axes.containers
+    assert first[0].get_xydata().tolist() == [[1, 9], [2, 5]]
+    assert second[2][0].get_segments()[0][:, 1].tolist() == [5, 9]
+    assert axes.get_ylim()[0] == 0 and [1, 1] in [list(x.get_ydata()) for x in axes.lines]
+    assert "few, many; b: other" in figure.get_label()
 
 
 def test_save_figure_leaves_the_old_file_if_drawing_fails(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mar_mini.masking import (
     ORDERS,
     SCHEDULES,
+    known_first,
     make_order,
     mask_by_order,
     masked_after,
@@ -389,3 +390,14 @@ def test_the_mean_of_the_ratio_is_what_the_formula_says():
     n = 4000
     ratios = draw_ratios(0.7, n, seed=7)
     assert abs(ratios.mean() - mean) < 5 * ratios.std() / math.sqrt(n)
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.data())
+@settings(deadline=None)
+def test_known_places_come_first_and_the_others_keep_their_turn(batch_size, height, width, data):
+    count = data.draw(st.integers(0, height * width))
+    order = ORDERS["random"](height, width, batch_size, generator(1))
+    known = ~mask_by_order(ORDERS["random"](height, width, batch_size, generator(2)), count)
+    for row, given_places, got in zip(order, known, known_first(order, known), strict=True):
+        in_turn = [[p for p in row.tolist() if given_places[p] == kind] for kind in (True, False)]
+        assert got.tolist() == in_turn[0] + in_turn[1]

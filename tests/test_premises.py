@@ -21,6 +21,8 @@ PREMISES = [
     ("05_transformer", "the rounding of float32", "return x + block.mlp.fc2(h)",
      "return block.mlp.fc2(h)"),
     ("09_evaluation", "worse > better", "16 / 255 * noise", "4 / 255 * noise"),
+    ("08_sampling", "largest difference to the package's tokens", "mask, order, left, cfg,",
+     "mask, order, left, 1.0,"),
 ]  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from mar_mini import MAR, generate, sample
 from mar_mini.diffloss import Head
-from mar_mini.masking import ORDERS, masked_after, tokens_per_step
+from mar_mini.masking import ORDERS, mask_by_order, masked_after, tokens_per_step
+from mar_mini.sampling import one_step
 from mar_mini.transformer import Block
 
 SIZES = {
@@ -323,6 +324,17 @@ def test_the_encoder_gets_the_buffer_and_the_known_tokens(model, num_masked):
 
 
 # Guidance ----------------------------------------------------------------------------------------
+
+
+def test_a_step_predicts_whose_turn_it_is_and_changes_nothing_it_was_given(model):
+    order, labels = random_rows(2, 3), torch.tensor([3, -1])
+    mask = mask_by_order(order, 9)
+    tokens = torch.randn(2, L, C, generator=seeded(1)).masked_fill(mask[..., None], 0.0)
+    copies = [x.clone() for x in (tokens, mask, order, labels)]
+    new, after = one_step(model, labels, tokens, mask, order, 4, 2.0, generator=seeded(), clip=1.0)
+    assert torch.equal(after, mask_by_order(order, 4))
+    assert torch.equal((new != tokens).any(-1), mask & ~after)
+    assert all(map(torch.equal, copies, (tokens, mask, order, labels)))
 
 
 def test_weight_one_is_no_guidance(model):

@@ -315,6 +315,42 @@ def ranking(
     return figure
 
 
+def trade_off(
+    lines: dict[str, Sequence[tuple[str, float, float]]], *, xlabel: str, ylabel: str,
+    error: float | None = None, floor: float | None = None, alt: str = "",
+) -> Figure:  # fmt: skip
+    """What is gained for what it costs: points (label, cost, gain), joined along each named line.
+
+    The axis of the cost begins at 0.
+
+    error  half the length of the bar on each point
+    floor  what the best possible point would reach: a dashed line, and the axis begins at 0
+    """
+    figure = new_figure(
+        3.2, alt or f"{ylabel} over {xlabel}: " + "; ".join(
+            f"{name}: {', '.join(label for label, *_ in points)}" for name, points in lines.items()
+        ),
+    )  # fmt: skip
+    axes = figure.subplots()
+    for (name, points), colour in zip(lines.items(), (KNOWN, PREDICTED, TARGET, "#CC79A7"),
+                                      strict=False):  # fmt: skip
+        labels, x, y = zip(*points, strict=True)
+        axes.errorbar(x, y, error, fmt="o-", markersize=4, linewidth=1, elinewidth=0.8,
+                      alpha=0.9, color=colour, label=name)  # fmt: skip
+        for label, at, height in zip(labels, x, y, strict=True):
+            axes.annotate(label, (at, height), xytext=(5, 4), textcoords="offset points",
+                          fontsize=8, color=colour)  # fmt: skip
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set_xlim(0, 1.12 * max(x for points in lines.values() for _, x, _ in points))
+    if floor is not None:
+        axes.axhline(floor, color="black", linestyle="--", linewidth=1, label="floor")
+        axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(lines) > 1 or floor is not None:
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def planes(
     points: dict[str, Float[Tensor, "N 2"]], *, limit: float = 1.1, columns: int | None = None,
     density: Tensor | None = None, arrows: dict[str, Float[Tensor, "N 2"]] | None = None,
