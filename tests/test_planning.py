@@ -339,7 +339,7 @@ def test_the_largest_batch(limit, expected):
 
 
 def test_a_plan_for_a_device():
-    """1 GB of 10^9 bytes; 22 bytes of state for each of 10^7 parameters leave 78 images of 10 MB."""
+    """1 GB is 10^9 bytes; 22 bytes of state for 10^7 parameters leave 78 images of 10 MB."""
     assert plan_run(10**7, 1e7, 1.0, 2048) == (64, 32)
     assert plan_run(10**7, 1e7, 1.0, 2048, 32) == (64, 1)
     assert plan_run(10**7, 1e7, 1.0, 240, 3) == (40, 2)
