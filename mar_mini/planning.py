@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mar_mini.configs import PRESETS, Config, MARConfig, VAEConfig
-from mar_mini.costs import Work, sampling_work, token_width, tokens_of
+from mar_mini.costs import Work, sampling_work, token_width, tokens_of, total, training_work
 from mar_mini.diffloss import TimestepEmbedder
 from mar_mini.diffusion import NUM_TIMESTEPS, Diffusion
 from mar_mini.mar import MAR
@@ -59,6 +59,13 @@ def block_parameters(dim: int, mlp_ratio: float = 4.0) -> int:
 def parameters(config: Config, model: str = "mar") -> int:
     """How many the MAR has, or the autoencoder; 0 if there is none."""
     return sum(parts(config).get(model, {}).values())
+
+
+def training_flops(config: Config) -> float:
+    """FLOPs of training on one image, or on its latents where the preset has an autoencoder."""
+    batch = config.training.batch_size
+    work = training_work(config.mar, batch, parameters=parameters(config))
+    return total(work).flops / batch
 
 
 def sampling_memory(
