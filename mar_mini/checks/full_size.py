@@ -1,4 +1,4 @@
-"""Checks of chapter 10: parameters of a block, a plan that fits, the recipe of an effective batch."""
+"""Checks of chapter 10: parameters of a block, a plan that fits, the effective batch."""
 
 import math
 

@@ -53,7 +53,8 @@ repo = data.data_dir().parent
 #
 # This course has trained small models; the paper trained three large ones, **MAR-B, MAR-L and
 # MAR-H** (here the presets `mar_base`, `mar_large`, `mar_huge`). A way to compare a night on your
-# machine with a week on theirs is to count the arithmetic: **FLOPs**, multiplications and additions.
+# machine with a week on theirs is to count the arithmetic: **FLOPs**, multiplications and
+# additions.
 #
 # *Predict first:* the model of photographs that comes with the course took 142 minutes on one CPU
 # core. To how many such runs does the training of MAR-H amount?
@@ -79,17 +80,17 @@ print(f"mar_huge: {image:,.0f} times the FLOPs an image, {many:,.0f} times the i
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# To more than a million: each image costs more, and more are seen. From label to label the axis grows
-# tenfold. At the end you will turn these bars into hours and money.
+# To more than a million: each image costs more, and more are seen. From label to label the axis
+# grows tenfold. At the end you will turn these bars into hours and money.
 #
 # </details>
 #
 # ## Two printed models, part by part
 #
 # Somebody once printed two full-size models, layer by layer: the autoencoder KL-16 and a MAR-L with
-# a larger head (12 blocks of width 1536). The presets `kl16` and `mar_large_12x1536` rebuild them, and a
-# test compares them with the print line by line (`tests/test_trees.py`). A model needs no memory to
-# be looked at: on PyTorch's **meta device** a tensor has a shape and no values.
+# a larger head (12 blocks of width 1536). The presets `kl16` and `mar_large_12x1536` rebuild them,
+# and a test compares them with the print line by line (`tests/test_trees.py`). A model needs no
+# memory to be looked at: on PyTorch's **meta device** a tensor has a shape and no values.
 #
 # *Predict first:* encoder, decoder, head, embeddings: which has the most parameters?
 
@@ -108,14 +109,15 @@ shown = {name: {part: n / 1e6 for part, n in row.items()} for name, row in parts
 fig.show(fig.breakdown(shown, xlabel="million parameters"))
 for name, said in claimed.items():
     ours = sum(shown[name].values())
-    print(f"{name:10} {ours:7.2f} million, the paper says {said}: a difference of {said - ours:.2f}")
+    print(f"{name:10} {ours:6.2f} million, the paper says {said}: off by {said - ours:.2f}")
     assert abs(ours - said) < 0.005 * said
 
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Encoder and decoder, nearly alike: both are stacks of the same blocks, and the decoder has one more
-# linear layer, from the encoder's width to its own. Classes and positions together are below 1%.
+# Encoder and decoder, nearly alike: both are stacks of the same blocks, and the decoder has one
+# more linear layer, from the encoder's width to its own. Classes and positions together are below
+# 1%.
 #
 # </details>
 #
@@ -159,15 +161,15 @@ block_parameters = check.block_parameters(block_parameters)
 #
 # <details><summary>Hint 2</summary>
 #
-# Four linear layers: D to 3 D, D to D, D to hidden, hidden to D. Two norms: a scale and a shift of D
-# each.
+# Four linear layers: D to 3 D, D to D, D to hidden, hidden to D. Two norms: a scale and a shift of
+# D each.
 #
 # </details>
 #
 # {{solution block_parameters}}
 #
-# The number of heads is nowhere in it: heads share out the width, they do not add to it. Now **your**
-# count explains the models: for each, all blocks by your formula, and the rest.
+# The number of heads is nowhere in it: heads share out the width, they do not add to it. Now
+# **your** count explains the models: for each, all blocks by your formula, and the rest.
 
 # %% tags=["claim"]
 rows = {}
@@ -184,14 +186,14 @@ fig.show(fig.breakdown(rows, xlabel="million parameters"))
 # %% [markdown]
 # ## FLOPs: by formula, and by counting
 #
-# A linear layer multiplies and adds once for each weight and each row that it is given: 2 FLOPs. The
-# backward pass does that twice more (for the gradient of the input, and for that of the weights). So
-# training takes
+# A linear layer multiplies and adds once for each weight and each row that it is given: 2 FLOPs.
+# The backward pass does that twice more (for the gradient of the input, and for that of the
+# weights). So training takes
 #
 # $$6 \times \text{parameters} \times \text{rows}$$
 #
-# of a part, where rows are what *this part* is given of an image. The encoder gets the buffer and the
-# known tokens; the decoder the buffer and all tokens; the head each masked token, at four noise
+# of a part, where rows are what *this part* is given of an image. The encoder gets the buffer and
+# the known tokens; the decoder the buffer and all tokens; the head each masked token, at four noise
 # levels. *Predict first:* in MAR-B, which of the three costs most?
 
 # %%
@@ -215,19 +217,9 @@ for name in FULL:
     assert abs(ratio - 1) < 0.05  # each part has its own rows
 fig.show(fig.breakdown(rule, xlabel="GFLOPs of training on an image"))
 
-# %% [markdown]
-# <details><summary>Answer</summary>
-#
-# The head, with a sixth of the parameters: each of its weights works 888 times an image, one of the
-# encoder 98 times. Parameters are memory; FLOPs are parameters times rows.
-#
-# </details>
-#
-# The package computes each product by itself (attention's too, which the rule forgets). Does it agree
-# with what PyTorch counts while a model really runs?
-
 # %% tags=["claim"]
-small = get_config("cifar10").mar  # 16 tokens of 4 x 4 places
+# the package's formula against PyTorch, which counts while a model runs
+small = get_config("cifar10").mar
 model, batch, hidden = MAR(**asdict(small)), 8, 10
 latents, labels = torch.randn(batch, 16, 8, 8), torch.zeros(batch, dtype=torch.long)
 mask = torch.rand(batch, 16).argsort(1) < hidden
@@ -240,6 +232,15 @@ print(f"formula {work.flops:.4e}, counted {counter.get_total_flops():.4e}, off b
 assert abs(off) < 1e-6
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# The head, with a sixth of the parameters: each of its weights works 888 times an image, one of the
+# encoder 98 times. Parameters are memory; FLOPs are parameters times rows.
+#
+# </details>
+#
+# Attention's products of tokens with tokens are not in the rule: at these widths they are small.
+#
 # ## Memory: what stays, and what grows with the batch
 #
 # *Predict first:* a weight in float32 takes 4 bytes. How many bytes does training need for each
@@ -260,16 +261,16 @@ assert state == planning.STATE
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Twenty: weight, gradient, AdamW's two running means of it (*moments*), and the weight average. Where
-# products run in **bfloat16** (16 bits: the range of float32 with three digits), 2 more for the copies
-# of the weights. This **state** is the same for any batch.
+# Twenty: weight, gradient, AdamW's two running means of it (*moments*), and the weight average.
+# Where products run in **bfloat16** (16 bits: the range of float32 with three digits), 2 more for
+# the copies of the weights. This **state** is the same for any batch.
 #
 # </details>
 #
-# And each image leaves **activations**: what the forward pass must keep until the backward pass needs
-# it. PyTorch tells what it keeps.
+# And each image leaves **activations**: what the forward pass must keep until the backward pass
+# needs it. PyTorch tells what it keeps.
 
-# %%
+# %% tags=["claim"]
 def kept_bytes(model, *inputs, **given):
     """Bytes that a forward pass keeps for the backward pass, weights not counted."""
     kept, weights = {}, {p.data_ptr() for p in model.parameters()}
@@ -283,18 +284,18 @@ def kept_bytes(model, *inputs, **given):
     return sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
 
 
-# %% tags=["claim"]
 for n in (2, 4, 8):
     measured = kept_bytes(model, latents[:n], labels[:n], mask=mask[:n])
     predicted = planning.activations(small, n, masked=hidden, gpu=False)
-    print(f"{n} images: kept {measured / 1e6:.2f} MB, formula off by {predicted / measured - 1:+.1%}")
-    assert abs(predicted / measured - 1) < 0.1
+    off = predicted / measured - 1
+    print(f"{n} images: kept {measured / 1e6:.2f} MB, the formula is off by {off:+.1%}")
+    assert abs(off) < 0.1
 
 # %% [markdown]
-# On a GPU attention keeps less, and bfloat16 halves much of the rest; those terms of the formula were
-# derived, not measured ([docs/scaling.md](../docs/scaling.md)). What is kept can also be computed
-# again in the backward pass (**gradient checkpointing**): a third more FLOPs, much less memory. Here
-# is a step of 64 images on one GPU. *Predict first:* is the state the larger part?
+# On a GPU attention keeps less, and bfloat16 halves much of the rest; those terms of the formula
+# were derived, not measured ([docs/scaling.md](../docs/scaling.md)). What is kept can also be
+# computed again in the backward pass (**gradient checkpointing**): a third more FLOPs, much less
+# memory. Here is a step of 64 images on one GPU. *Predict first:* is the state the larger part?
 
 # %%
 def needed(name, batch, checkpointing=False):
@@ -370,8 +371,8 @@ plan_run = check.plan_run(plan_run)
 #
 # {{solution plan_run}}
 #
-# Your plans for the published batch of 2,048 on one GPU: (micro batch, how many). A tenth of the memory
-# is left to what the formula does not know. Put in the memory of *your* GPU.
+# Your plans for the published batch of 2,048 on one GPU: (micro batch, how many). A tenth of the
+# memory is left to what the formula does not know. Put in the memory of *your* GPU.
 
 # %%
 YOURS = 12  # GB
@@ -389,17 +390,18 @@ for name in FULL:
 #
 # ## Does a full-size model run here?
 #
-# One block of each kind at the width of MAR-B, with random weights: training steps on one image. The
-# time follows from FLOPs, bytes that are moved, and what this machine does in a second. (The ratio is
-# not asserted: other programs move it. Undisturbed it is within 1.5: `tests/test_planning.py`.)
+# One block of each kind at the width of MAR-B, with random weights: training steps on one image.
+# The time follows from FLOPs, bytes that are moved, and what this machine does in a second. (The
+# ratio is not asserted: other programs move it. Undisturbed it is within 1.5:
+# `tests/test_planning.py`.)
 
 # %%
 wide = replace(get_config("mar_base").mar, encoder_depth=1, decoder_depth=1, diffloss_d=1)
-model = MAR(**asdict(wide))
-training = train_mar(model, torch.randn(2, 16, 16, 16), torch.zeros(2, dtype=torch.long),
+training = train_mar(MAR(**asdict(wide)), torch.randn(2, 16, 16, 16), torch.tensor([207, 291]),
                      replace(budget, batch_size=1, max_steps=3), seed=seed)
 took = min(b - a for a, b in pairwise([time.perf_counter() for _ in training]))
-here, work = measure_rates(), costs.training_work(wide, 1, parameters=planning.count(model))
+count, here = planning.count(training.model), measure_rates()
+work = costs.training_work(wide, 1, parameters=count)
 predicted = sum(here.by_part(work).values())
 print(f"a step took {took:.2f} s, the formula says {predicted:.2f} s: {predicted / took:.2f} of it; "
       f"this machine does {here.flops / 1e9:.0f} GFLOP/s in float32")
@@ -414,7 +416,8 @@ print(f"a step took {took:.2f} s, the formula says {predicted:.2f} s: {predicted
 files = [published.FILES[name].name for name in ("mar_base", "kl16")]
 found = [try_to_load_from_cache(published.REPOSITORY, file) for file in files]
 if all(isinstance(path, str) for path in found):
-    drawn = load_published(found[0], vae=found[1]).generate([207], num_iter=8, num_sampling_steps=25)
+    pipeline = load_published(found[0], vae=found[1])
+    drawn = pipeline.generate([207], num_iter=8, num_sampling_steps=25)
     fig.show(fig.image_grid(drawn, alt="A picture of class 207, drawn by the published MAR-B"))
 else:
     print("Not here. This fetches 1.1 GB once, and draws a golden retriever, a lion, a macaw:")
@@ -422,8 +425,8 @@ else:
 
 # %% [markdown]
 # **No picture of the published weights is stored here.** When this course was made there was no
-# network, so the command was never run with the real files (with stand-ins of the same names, shapes
-# and sizes it was: `tests/test_published.py`). A picture that nobody made is not shown.
+# network, so the command was never run with the real files (with stand-ins of the same names,
+# shapes and sizes it was: `tests/test_published.py`). A picture that nobody made is not shown.
 #
 # ## The recipe, line by line
 #
@@ -456,10 +459,10 @@ assert all(paper == ours for _, paper, ours, _ in LINES)
 # %% [markdown]
 # ## The batch and the learning rate
 #
-# The gradient of a larger batch is steadier, so a step may be longer. The recipe takes the **learning
-# rate in proportion**: `blr * batch / 256`, where `blr` is the *base* rate, that of 256 images. What
-# counts is the **effective batch**: all images whose gradients go into one step. (With AdamW some
-# use the root of the batch instead. The rule is a habit that works, not a law.)
+# The gradient of a larger batch is steadier, so a step may be longer. The recipe takes the
+# **learning rate in proportion**: `blr * batch / 256`, where `blr` is the *base* rate, that of 256
+# images. What counts is the **effective batch**: all images whose gradients go into one step. (With
+# AdamW some use the root of the batch instead. The rule is a habit that works, not a law.)
 #
 # > **Exercise 3** · difficulty 1 of 3 · importance 3 of 3 · 10 minutes
 # >
@@ -504,16 +507,16 @@ print("one GPU, 32 images:     ", scaled_recipe(32, 1, 1, images=IMAGENET, epoch
 #
 # {{solution scaled_recipe}}
 #
-# The second line takes 64 times as many steps, each 64 times smaller. The memory of your GPU need not
-# decide that: accumulate.
+# The second line takes 64 times as many steps, each 64 times smaller. The memory of your GPU need
+# not decide that: accumulate.
 #
 # ## One process and two
 #
-# If only the effective batch counts, then one process with 48 images and two with twice 12 must train
-# *the same* model. Try it: the recipe of the course (`recipes/train.py`) on two processes of this
-# machine, started by PyTorch's `torchrun` with **your** numbers, and the same in this notebook alone.
-# Which images, masks and noise come is drawn for the whole batch from the seed and the step, so it
-# does not depend on who computes what. *Predict first:* equal to the last digit?
+# If only the effective batch counts, then one process with 48 images and two with twice 12 must
+# train *the same* model. Try it: the recipe of the course (`recipes/train.py`) on two processes of
+# this machine, started by PyTorch's `torchrun` with **your** numbers, and the same in this notebook
+# alone. Which images, masks and noise come is drawn for the whole batch from the seed and the step,
+# so it does not depend on who computes what. *Predict first:* equal to the last digit?
 
 # %%
 def on_processes(count, accumulate, batch, rate, steps):
@@ -587,16 +590,16 @@ for name, mar in mars.items():
 # <details><summary>Answer</summary>
 #
 # Four times the tokens; the width of a token stays, as the autoencoder has the same stride. With
-# nothing but a larger image each step costs about four times as much: attention, which grows with the
-# square, is still small here. Two settings give some of it back: with 64 tokens there is enough to
-# predict from if 70% are masked (as in the paper; with 16 tokens it was 30%), so the encoder sees
-# fewer; and each token trains the head at one noise level instead of two.
+# nothing but a larger image each step costs about four times as much: attention, which grows with
+# the square, is still small here. Two settings give some of it back: with 64 tokens there is enough
+# to predict from if 70% are masked (as in the paper; with 16 tokens it was 30%), so the encoder
+# sees fewer; and each token trains the head at one noise level instead of two.
 #
 # </details>
 #
 # One run was made, a rehearsal of 14 minutes for the MAR on one core. Below: its distance to real
-# photographs (chapter 9; lower is better), and its **stored pictures**, made by that run and not now,
-# each row from one seed. These are the commands (`recipes/README.md`):
+# photographs (chapter 9; lower is better), and its **stored pictures**, made by that run and not
+# now, each row from one seed. These are the commands (`recipes/README.md`):
 #
 #     mar-mini data imagenette64
 #     python recipes/train.py --config imagenette64 --data imagenette64 --out build/imagenette64 \
@@ -630,9 +633,9 @@ fig.show(fig.image_grid(tiles(results / "growth.png", 64, (3, 4), moments), colu
                         titles=[f"{count[i]:,} seen" for i in moments],
                         alt="Stored: two samples, from noise to coloured layouts"))
 
-# %%
 cifar = repo / "data/weights/cifar10"
-record = [row["images_seen"] for row in json.loads((cifar / "moments.json").read_text())["moments"]]
+record = json.loads((cifar / "moments.json").read_text("utf-8"))["moments"]
+record = [row["images_seen"] for row in record]
 young = min(range(len(record)), key=lambda i: abs(record[i] - count[-1]))
 columns = [tiles(cifar / "growth.png", 32, range(8), [i]) for i in (young, len(record) - 1)]
 fig.show(fig.image_grid(torch.cat(columns), columns=8, alt="Stored: CIFAR-10, young and old"))
@@ -647,11 +650,12 @@ print(f"above after {record[young]:,} images seen, below after {record[-1]:,}")
 #
 # ## What would it cost me to train this?
 #
-# The question that people really ask. FLOPs are known. What a device reaches of the FLOP/s on its data
-# sheet is not, and a price is yours to put in: the first line below are *assumptions*, change them.
+# The question that people really ask. FLOPs are known. What a device reaches of the FLOP/s on its
+# data sheet is not, and a price is yours to put in: the first line below are *assumptions*, change
+# them.
 #
-# Is a fifth a fair share? The authors say three times how long MAR-L took them. *Predict first:* what
-# shares of the data sheet does that imply?
+# Is a fifth a fair share? The authors say three times how long MAR-L took them. *Predict first:*
+# what shares of the data sheet does that imply?
 
 # %%
 PEAK, REACHED, PRICE = 989e12, 0.2, 2.5  # FLOP/s (H100, bfloat16), share reached, per GPU hour
@@ -688,17 +692,18 @@ print(f"the formula, for this machine in float32: {predicted / 60:.0f} minutes, 
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# A sixth to a quarter, on two kinds of GPU. (V100: 125 TFLOP/s in float16; H100: 989 in bfloat16. Their
-# code does more than counted here: it computes the head's loss for all tokens, then masks it.)
+# A sixth to a quarter, on two kinds of GPU. (V100: 125 TFLOP/s in float16; H100: 989 in bfloat16.
+# Their code does more than counted here: it computes the head's loss for all tokens, then masks
+# it.)
 #
 # </details>
 #
-# So, honestly: MAR-B costs some hundred GPU hours, MAR-H more than a thousand, **if the first run is
-# the one that works**. Not counted: failed runs, searching for settings, encoding, sampling 50,000
-# pictures to judge each, and waiting. Young models draw noise for long (chapter 3), and nobody here has
-# trained one of the three. What you can afford today is what this course trained: a night on two cores.
-# In between lie fewer classes, smaller pictures and MAR-B's width in fewer blocks, and now you can
-# price each of them before it starts.
+# So, honestly: MAR-B costs some hundred GPU hours, MAR-H more than a thousand, **if the first run
+# is the one that works**. Not counted: failed runs, searching for settings, encoding, sampling
+# 50,000 pictures to judge each, and waiting. Young models draw noise for long (chapter 3), and
+# nobody here has trained one of the three. What you can afford today is what this course trained: a
+# night on two cores. In between lie fewer classes, smaller pictures and MAR-B's width in fewer
+# blocks, and now you can price each of them before it starts.
 #
 # ## Going further
 #
@@ -712,11 +717,11 @@ print(f"the formula, for this machine in float32: {predicted / 60:.0f} minutes, 
 #
 # ## Recap
 #
-# A block has 12 D² + 13 D parameters, and training takes 6 FLOPs for each of them and each row that it
-# is given; memory is a state of 22 bytes a parameter plus activations for each image. Micro batches and
-# processes change how long a step takes and where it fits, not what is learned: the effective batch
-# does that, and the learning rate follows it. Hours follow from FLOPs and from the share of the data
-# sheet that is reached, which was a sixth to a quarter for the authors.
+# A block has 12 D² + 13 D parameters, and training takes 6 FLOPs for each of them and each row that
+# it is given; memory is a state of 22 bytes a parameter plus activations for each image. Micro
+# batches and processes change how long a step takes and where it fits, not what is learned: the
+# effective batch does that, and the learning rate follows it. Hours follow from FLOPs and from the
+# share of the data sheet that is reached, which was a sixth to a quarter for the authors.
 #
 # | symbol | in code | module |
 # |---|---|---|
@@ -726,6 +731,6 @@ print(f"the formula, for this machine in float32: {predicted / 60:.0f} minutes, 
 # | effective batch, rate | `scaled_recipe`, `for_batch_size` | `configs` |
 # | processes | `join`, `Alone`, `Replicated`, `Sharded` | `distributed` |
 #
-# This is the last chapter. Everything in it is one command away: `mar-mini info mar_large` says what a
-# preset takes, [recipes](../recipes/README.md) start the runs, and
+# This is the last chapter. Everything in it is one command away: `mar-mini info mar_large` says
+# what a preset takes, [recipes](../recipes/README.md) start the runs, and
 # [scaling](../docs/scaling.md) has the tables for the large ones.
