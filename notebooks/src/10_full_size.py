@@ -179,7 +179,7 @@ for name in FULL:
              + mar.decoder_depth * block_parameters(mar.decoder_embed_dim, mar.mlp_ratio))
     off = yours - planning.count(model.encoder_blocks, model.decoder_blocks)
     rows[name] = {"your blocks": yours / 1e6, "the rest": (planning.count(model) - yours) / 1e6}
-    print(f"{name:10} {yours / planning.count(model):.1%} in the blocks; your count is off by {off}")
+    print(f"{name:10} {yours / planning.count(model):.1%} in blocks; your count is off by {off}")
     assert off == 0
 fig.show(fig.breakdown(rows, xlabel="million parameters"))
 
@@ -401,9 +401,8 @@ training = train_mar(MAR(**asdict(wide)), torch.randn(2, 16, 16, 16), torch.tens
                      replace(budget, batch_size=1, max_steps=3), seed=seed)
 took = min(b - a for a, b in pairwise([time.perf_counter() for _ in training]))
 count, here = planning.count(training.model), measure_rates()
-work = costs.training_work(wide, 1, parameters=count)
-predicted = sum(here.by_part(work).values())
-print(f"a step took {took:.2f} s, the formula says {predicted:.2f} s: {predicted / took:.2f} of it; "
+predicted = sum(here.by_part(costs.training_work(wide, 1, parameters=count)).values())
+print(f"a step took {took:.2f} s, by the formula {predicted:.2f} s: {predicted / took:.2f} of it; "
       f"this machine does {here.flops / 1e9:.0f} GFLOP/s in float32")
 
 # %% [markdown]
@@ -413,15 +412,15 @@ print(f"a step took {took:.2f} s, the formula says {predicted:.2f} s: {predicted
 # into the cache of the Hugging Face Hub, and asks no network.
 
 # %%
-files = [published.FILES[name].name for name in ("mar_base", "kl16")]
-found = [try_to_load_from_cache(published.REPOSITORY, file) for file in files]
+found = [try_to_load_from_cache(published.REPOSITORY, published.FILES[name].name)
+         for name in ("mar_base", "kl16")]
+few = {"num_iter": 8, "num_sampling_steps": 25}
 if all(isinstance(path, str) for path in found):
-    pipeline = load_published(found[0], vae=found[1])
-    drawn = pipeline.generate([207], num_iter=8, num_sampling_steps=25)
-    fig.show(fig.image_grid(drawn, alt="A picture of class 207, drawn by the published MAR-B"))
+    drawn = load_published(found[0], vae=found[1]).generate([207], **few)
+    fig.show(fig.image_grid(drawn, alt="Class 207, drawn by the published MAR-B"))
 else:
-    print("Not here. This fetches 1.1 GB once, and draws a golden retriever, a lion, a macaw:")
-    print("    mar-mini sample mar_base --labels 207 291 88 --out published.png")
+    print("Not here. This fetches 1.1 GB once, and draws a golden retriever, a lion, a macaw:\n"
+          "    mar-mini sample mar_base --labels 207 291 88 --out published.png")
 
 # %% [markdown]
 # **No picture of the published weights is stored here.** When this course was made there was no
@@ -558,7 +557,7 @@ losses = {"one process": alone(*numbers), "two processes": on_processes(2, 2, *n
 one, two = (torch.tensor(x) for x in losses.values())
 off, apart = ((x - one).abs() for x in (two, torch.tensor(alone(*numbers, seed=seed + 1))))
 print(f"{len(one)} steps of {numbers[0]} images, loss {one[0]:.2f} to {one[-1]:.2f}")
-print(f"largest difference of one and two processes {off.max():.1e}, of two seeds {apart.max():.1e}")
+print(f"largest difference: one and two processes {off.max():.1e}, two seeds {apart.max():.1e}")
 assert len(one) == len(two) == numbers[2] and off.max() < 1e-4 and apart.max() > 0.1
 steps, shown = range(1, len(one) + 1), {"another seed": apart, "two processes": off}
 fig.show(fig.curves({name: (steps, x.clamp(min=1e-9)) for name, x in shown.items()}, logy=True,
@@ -583,8 +582,8 @@ mars["cifar10, larger"] = replace(mars["cifar10"], img_size=64)
 for name, mar in mars.items():
     flops = costs.total(costs.training_work(mar, 32, parameters=0)).flops / 32e9
     kept = planning.activations(mar, 32, gpu=False) / 32e6
-    print(f"{name:15} {costs.tokens_of(mar)} tokens of {costs.token_width(mar)}, {flops:.2f} GFLOPs "
-          f"an image, {kept:.1f} MB kept; rows: {({k: round(n) for k, n in rows_of(mar).items()})}")
+    print(f"{name:15} {costs.tokens_of(mar)} tokens of {costs.token_width(mar)}, {flops:.2f} "
+          f"GFLOPs an image, {kept:.1f} MB kept; rows: {({k: round(n) for k, n in rows_of(mar).items()})}")
 
 # %% [markdown]
 # <details><summary>Answer</summary>
@@ -707,13 +706,13 @@ print(f"the formula, for this machine in float32: {predicted / 60:.0f} minutes, 
 #
 # ## Going further
 #
-# 1. Give `training_flops` a `replace(config, mar=replace(config.mar, diffusion_batch_mul=1))` of MAR-B.
-#    What is saved, and what may it cost (chapter 4)?
+# 1. Halve MAR-B's `diffusion_batch_mul` (`replace` the config's `mar`) and ask
+#    `planning.training_flops` again. What is saved, and what may it cost (chapter 4)?
 # 2. Count the head's blocks as you counted the transformer's (`diffloss.ResBlock`).
-# 3. Train digits for the same images with batches of 16, 48 and 144, with the rule and with the root
-#    of the batch. Which loses less?
-# 4. Open: with the FLOPs of MAR-B's 400 epochs, would you train a larger model for fewer epochs, or a
-#    smaller one for more? How would you find out for a hundredth of the price?
+# 3. Train digits on as many images with batches of 16, 48 and 144, by the rule and by the root of
+#    the batch. Which loses less?
+# 4. Open: with the FLOPs of MAR-B's 400 epochs, would you train a larger model for fewer epochs, or
+#    a smaller one for more? How would you find out for a hundredth of the price?
 #
 # ## Recap
 #
