@@ -20,6 +20,8 @@ PREMISES = [
      "RADIUS, SPREAD, SHARE, LIMIT = 0.2"),
     ("05_transformer", "the rounding of float32", "return x + block.mlp.fc2(h)",
      "return block.mlp.fc2(h)"),
+    ("10_full_size", "each part has its own rows", "6 * parts[name][part] * rows[part] / 1e9",
+     "6 * parts[name][part] * 256 / 1e9"),
 ]  # fmt: skip
 
 

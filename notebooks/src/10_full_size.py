@@ -582,8 +582,9 @@ mars["cifar10, larger"] = replace(mars["cifar10"], img_size=64)
 for name, mar in mars.items():
     flops = costs.total(costs.training_work(mar, 32, parameters=0)).flops / 32e9
     kept = planning.activations(mar, 32, gpu=False) / 32e6
+    rows = {part: round(n) for part, n in rows_of(mar).items()}
     print(f"{name:15} {costs.tokens_of(mar)} tokens of {costs.token_width(mar)}, {flops:.2f} "
-          f"GFLOPs an image, {kept:.1f} MB kept; rows: {({k: round(n) for k, n in rows_of(mar).items()})}")
+          f"GFLOPs an image, {kept:.1f} MB kept; rows: {rows}")
 
 # %% [markdown]
 # <details><summary>Answer</summary>
@@ -684,7 +685,7 @@ run, mar = runs["cifar10"], get_config("cifar10").mar  # the model that comes wi
 work = costs.training_work(mar, 32, parameters=planning.parameters(get_config("cifar10")))
 predicted = run["steps"] * sum(here.by_part(work).values())
 print(f"its run: {run['seconds'] / 60:.0f} minutes, {spent['cifar10'] / run['seconds'] / 1e9:.0f} "
-      f"GFLOP/s on {run['device']}, products in bfloat16")
+      f"GFLOP/s on {run['device']}, at the precision that suited it")
 print(f"the formula, for this machine in float32: {predicted / 60:.0f} minutes, "
       f"{predicted / run['seconds']:.1f} times as long")
 
