@@ -52,8 +52,8 @@ def block_parameters(candidate):
 # parameters, bytes an image, GB, batch, processes: any number up to 12 divides 27,720
 RUNS = [
     (250_000_000, 9.8e7, 6.0, 27_720, 1), (250_000_000, 9.8e7, 6.0, 83_160, 3),
-    (10_000_000, 1e7, 1.0, 2048, 1), (30_000_000, 2.3e7, 2.0, 960, 3), (10_000_000, 1e7, 4.0, 96, 4),
-    (12_000_000, 1e7, 0.5, 630, 2), (10_000_000, 1e7, 0.2299, 2048, 1),
+    (10_000_000, 1e7, 1.0, 2048, 1), (30_000_000, 2.3e7, 2.0, 960, 3),
+    (10_000_000, 1e7, 4.0, 96, 4), (12_000_000, 1e7, 0.5, 630, 2), (10_000_000, 1e7, 0.2299, 2048, 1),
 ]  # fmt: skip
 
 
@@ -110,12 +110,8 @@ def plan_run(candidate):
             "adds up memory of all processes; a micro batch must fit into one GPU": (
                 fitted(memory=memory * processes)
             ),
-            "gives each process the whole batch; its share is batch // processes": (
-                fitted(all_=batch)
-            ),
-            "counts the micro batches of all processes together, expected those of one": (
-                (want[0], batch // max(want[0], 1))
-            ),
+            "makes micro batches of the whole batch; a process computes its share alone, "
+            "batch // processes": fitted(all_=batch),
             "divides the number of micro batches by the processes once more": (
                 (want[0], want[1] // processes)
             ),
