@@ -436,6 +436,8 @@ mar, recipe = get_config("mar_large").mar, get_config("mar_large").training
 epoch = IMAGENET / recipe.batch_size
 LINES = [
     ("images a step", 2048, recipe.batch_size, "a mean over many: a steady gradient"),
+    ("AdamW's betas", (0.9, 0.95), training.optimiser.defaults["betas"],
+     "a short memory of squared gradients, for gradients that change"),
     ("epochs", 400, round(recipe.max_steps / epoch), "each image 400 times (800 for Table 4)"),
     ("learning rate", 8e-4, recipe.learning_rate, "follows from the batch: exercise 3"),
     ("warm-up, epochs", 100, round(recipe.warmup * recipe.max_steps / epoch),
@@ -451,7 +453,7 @@ LINES = [
     ("noise levels", 4, mar.diffusion_batch_mul, "each z trains the head four times (chapter 4)"),
 ]
 for what, paper, ours, why in LINES:
-    print(f"{what:16} {paper!s:>9} {ours!s:>9}   {why}")
+    print(f"{what:16} {paper!s:>11} {ours!s:>11}   {why}")
 print("lines that differ, of which the claim allows none:", sum(a != b for _, a, b, _ in LINES))
 assert all(paper == ours for _, paper, ours, _ in LINES)
 
@@ -511,10 +513,10 @@ print("one GPU, 32 images:     ", scaled_recipe(32, 1, 1, images=IMAGENET, epoch
 #
 # ## One process and two
 #
-# If only the effective batch counts, then one process with 48 images and two with twice 12 must
-# train *the same* model. Try it: the recipe of the course (`recipes/train.py`) on two processes of
-# this machine, started by PyTorch's `torchrun` with **your** numbers, and the same in this notebook
-# alone. Which images, masks and noise come is drawn for the whole batch from the seed and the step,
+# If only the effective batch counts, then one process with 48 images and two with 24 each must train
+# *the same* model. Try it: **your** `plan_run` cuts the digits' batch for two pretended GPUs of 12
+# MB, and the recipe of the course (`recipes/train.py`, started by PyTorch's `torchrun`) trains with
+# **your** numbers on two processes of this machine. This notebook does it alone, in one piece. Which images, masks and noise come is drawn for the whole batch from the seed and the step,
 # so it does not depend on who computes what. *Predict first:* equal to the last digit?
 
 # %%
@@ -548,10 +550,11 @@ def alone(batch, rate, steps, seed=seed):
 
 
 images = open_images("digits", "train")
-given = {"images": len(images.labels), "epochs": 0.2, "blr": 0.016}
-numbers = scaled_recipe(12, 2, 2, **given)
-assert numbers == scaled_recipe(48, 1, 1, **given)
-losses = {"one process": alone(*numbers), "two processes": on_processes(2, 2, *numbers)}
+image, count = planning.activations(get_config("digits").mar, 1), planning.count(tiny)
+micro, times = plan_run(count, image, 0.012, 48, 2)
+numbers = scaled_recipe(micro, times, 2, images=len(images.labels), epochs=0.2, blr=0.016)
+print(f"2 processes x {times} micro batches of {micro}: batch, learning rate, steps = {numbers}")
+losses = {"one": alone(*numbers), "two": on_processes(2, times, *numbers)}
 
 # %% tags=["claim"]
 one, two = (torch.tensor(x) for x in losses.values())
