@@ -513,10 +513,11 @@ print("one GPU, 32 images:     ", scaled_recipe(32, 1, 1, images=IMAGENET, epoch
 #
 # ## One process and two
 #
-# If only the effective batch counts, then one process with 48 images and two with 24 each must train
-# *the same* model. Try it: **your** `plan_run` cuts the digits' batch for two pretended GPUs of 12
-# MB, and the recipe of the course (`recipes/train.py`, started by PyTorch's `torchrun`) trains with
-# **your** numbers on two processes of this machine. This notebook does it alone, in one piece. Which images, masks and noise come is drawn for the whole batch from the seed and the step,
+# If only the effective batch counts, then one process with 48 images and two with 24 each must
+# train *the same* model. Try it: **your** `plan_run` cuts the digits' batch for two pretended GPUs
+# of 13 MB, and the recipe of the course (`recipes/train.py`, started by PyTorch's `torchrun`)
+# trains with **your** numbers on two processes of this machine. This notebook does it alone, in one
+# piece. Which images, masks and noise come is drawn for the whole batch from the seed and the step,
 # so it does not depend on who computes what. *Predict first:* equal to the last digit?
 
 # %%
@@ -551,7 +552,7 @@ def alone(batch, rate, steps, seed=seed):
 
 images = open_images("digits", "train")
 image, count = planning.activations(get_config("digits").mar, 1), planning.count(tiny)
-micro, times = plan_run(count, image, 0.012, 48, 2)
+micro, times = plan_run(count, image, 0.013, 48, 2)
 numbers = scaled_recipe(micro, times, 2, images=len(images.labels), epochs=0.2, blr=0.016)
 print(f"2 processes x {times} micro batches of {micro}: batch, learning rate, steps = {numbers}")
 losses = {"one": alone(*numbers), "two": on_processes(2, times, *numbers)}
@@ -654,8 +655,8 @@ print(f"above after {record[young]:,} images seen, below after {record[-1]:,}")
 # ## What would it cost me to train this?
 #
 # The question that people really ask. FLOPs are known. What a device reaches of the FLOP/s on its
-# data sheet is not, and a price is yours to put in: the first line below are *assumptions*, change
-# them.
+# data sheet is not, and a price is yours to put in: the first line below holds *assumptions*.
+# Change them.
 #
 # Is a fifth a fair share? The authors say three times how long MAR-L took them. *Predict first:*
 # what shares of the data sheet does that imply?
@@ -701,12 +702,12 @@ print(f"the formula, for this machine in float32: {predicted / 60:.0f} minutes, 
 #
 # </details>
 #
-# So, honestly: MAR-B costs some hundred GPU hours, MAR-H more than a thousand, **if the first run
-# is the one that works**. Not counted: failed runs, searching for settings, encoding, sampling
-# 50,000 pictures to judge each, and waiting. Young models draw noise for long (chapter 3), and
-# nobody here has trained one of the three. What you can afford today is what this course trained: a
-# night on two cores. In between lie fewer classes, smaller pictures and MAR-B's width in fewer
-# blocks, and now you can price each of them before it starts.
+# So, honestly: MAR-B costs about 300 hours of such a GPU, MAR-H about 1,300, **if the first run is
+# the one that works**. Not counted: failed runs, searching for settings, encoding, sampling 50,000
+# pictures to judge each, and waiting. Young models draw noise for long (chapter 3), and nobody here
+# has trained one of the three. What you can afford today is what this course trained: a night on
+# two cores. In between lie fewer classes, smaller pictures and MAR-B's width in fewer blocks, and
+# now you can price each of them before it starts.
 #
 # ## Going further
 #
