@@ -59,6 +59,7 @@ def test_every_figure_has_alternative_text_and_is_small(frames):
         fig.order_maps(order, 8, 8),
         fig.token_states([torch.ones(16, dtype=torch.bool)], 4, 4),
         fig.bars({"steps": [1, 2, 3]}, xlabel="step", ylabel="tokens"),
+        fig.breakdown({"a": {"x": 1.0, "y": 2.0}, "b": {"y": 3.0}}, xlabel="bytes"),
         fig.curves({"loss": ([1, 2], [3, 4])}, xlabel="step", ylabel="loss"),
         fig.error_bars([{"label": "patch 4", "seeds": [1, 2]}], xlabel="size", ylabel="distance"),
         fig.ranking({"real": [1.0], "samples": [3.0]}, xlabel="distance"),
@@ -77,6 +78,13 @@ def test_filmstrip_keeps_the_first_and_the_last_frame(frames):
     assert steps[0] == "step 1" and steps[-1] == "step 16" and len(steps) == 5
     few = [ax.get_title() for ax in fig.filmstrip(frames[:3], columns=8).axes]
     assert [title for title in few if title] == ["step 1", "step 2", "step 3"]
+
+
+def test_parts_of_a_bar_follow_each_other():
+    rows = {"a": {"x": 1.0, "y": 2.0}, "b": {"y": 3.0}}
+    bars = fig.breakdown(rows, xlabel="bytes").axes[0].patches
+    placed = [(bar.get_x(), bar.get_width()) for bar in bars]
+    assert placed == [(0.0, 1.0), (0.0, 0.0), (1.0, 2.0), (0.0, 3.0)]  # x of a and b, y of a and b
 
 
 def test_error_bars_show_mean_and_spread_of_the_seeds():

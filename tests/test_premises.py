@@ -23,6 +23,8 @@ PREMISES = [
     ("09_evaluation", "worse > better", "16 / 255 * noise", "4 / 255 * noise"),
     ("08_sampling", "largest difference to the package's tokens", "mask, order, left, cfg,",
      "mask, order, left, 1.0,"),
+    ("10_full_size", "each part has its own rows", "6 * parts[name][part] * rows[part] / 1e9",
+     "6 * parts[name][part] * 256 / 1e9"),
 ]  # fmt: skip
 
 

@@ -224,6 +224,33 @@ def bars(counts: dict[str, Sequence[int]], *, xlabel: str, ylabel: str, alt: str
     return figure
 
 
+def breakdown(
+    rows: dict[str, dict[str, float]], *, xlabel: str, log: bool = False, alt: str = ""
+) -> Figure:
+    """What some things are made of: a bar for each name, its parts one after the other.
+
+    log  a logarithmic axis, for bars of one part: parts add up on a plain axis only
+    """
+    names = list(dict.fromkeys(part for parts in rows.values() for part in parts))
+    figure = new_figure(0.8 + 0.32 * len(rows), alt or f"{xlabel} of {', '.join(rows)}"
+                        + (f", by part: {', '.join(names)}" if len(names) > 1 else ""))  # fmt: skip
+    axes = figure.subplots()
+    colours = (KNOWN, PREDICTED, TARGET, "#CC79A7", "#56B4E9", "#7F7F7F", "#D55E00")
+    for name, colour in zip(names, colours, strict=False):
+        widths = [parts.get(name, 0.0) for parts in rows.values()]
+        before = [sum(parts.get(n, 0.0) for n in names[: names.index(name)])
+                  for parts in rows.values()]  # fmt: skip
+        axes.barh(range(len(rows)), widths, left=None if log else before, color=colour, label=name)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.set(xlabel=xlabel, xscale="log" if log else "linear")
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(names) > 1:
+        figure.legend(loc="outside upper center", ncols=min(len(names), 6), frameon=False,
+                      fontsize=8)  # fmt: skip
+    return figure
+
+
 def histogram(
     values: Sequence[float], *, xlabel: str, ylabel: str = "draws", alt: str = ""
 ) -> Figure:
