@@ -20,6 +20,7 @@ PREMISES = [
      "RADIUS, SPREAD, SHARE, LIMIT = 0.2"),
     ("05_transformer", "the rounding of float32", "return x + block.mlp.fc2(h)",
      "return block.mlp.fc2(h)"),
+    ("06_masking", "expected one step to lose more than 20 nats", "REACH = 4.0", "REACH = 0.1"),
 ]  # fmt: skip
 
 
