@@ -32,4 +32,4 @@ def test_without_its_premise_a_claim_is_red(stem, words, premise, without):
     assert len(at) == 1
     notebook.cells = notebook.cells[: at[0] + 1]
     with pytest.raises(CellFailed, match=f"cell {at[0]} .*AssertionError"):
-        execute(notebook, REPO / "notebooks", strict=True)
+        execute(notebook, REPO / "notebooks" / "solutions", strict=True)
