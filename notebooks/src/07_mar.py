@@ -1,0 +1,372 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 7 The whole model, trained
+#
+# All parts in one model, the loss that trains it, and digits that it writes after a minute.
+#
+# **You will build**
+# - the training loss of the whole model, from your own parts,
+# - a training step, and the average of the weights that samples are made with,
+# - a function that says why a model makes black images or noise.
+#
+# **Reading** 30 min, **exercises** 45 min, **CPU** 110 s. **Needs** chapters 3 (diffusion), 4
+# (diffusion head), 5 (encoder and decoder) and 6 (masks).
+
+# %%
+import copy
+import json
+import os
+from dataclasses import asdict, replace
+from functools import partial
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from mar_mini import MAR, DiffLoss, Pipeline, data, evaluation, get_config, load_pretrained, masking
+from mar_mini import train_mar, transformer
+from mar_mini.batches import batch_indices, step_generator
+from mar_mini.checkpoints import load_weights
+from mar_mini.checks import diffloss as check_04
+from mar_mini.checks import mar as check
+from mar_mini.checks import masking as check_06
+from mar_mini.checks import transformer as check_05
+from mar_mini.checks.earlier import own
+from mar_mini.mar import Drawn
+from mar_mini.training import learning_rate, parameter_groups
+from mar_mini.viz import figures as fig
+
+seed = int(os.environ.get("MAR_MINI_SEED", 0))
+generator = torch.Generator().manual_seed(seed)
+
+# %% [markdown]
+# ## The picture first
+#
+# The same ten classes, asked of two models that differ in their weights alone. Both begin from the
+# same noise. Above, the weights are random; below, they were trained for 75 seconds.
+
+# %%
+digits, config = load_pretrained("digits"), get_config("digits")
+
+
+def write_digits(model, asked, **settings):
+    """Digits of these classes, from the same noise each time."""
+    pipeline = Pipeline(model, clip=config.sampling.clip, defaults=config.sampling)
+    return pipeline.generate(asked, generator=torch.Generator().manual_seed(seed), **settings)
+
+
+torch.manual_seed(seed)
+both = [write_digits(model, range(10)) for model in (MAR(**asdict(config.mar)), digits.mar)]
+fig.show(fig.image_grid(torch.cat(both), titles=[str(n) for n in range(10)]))
+
+# %% [markdown]
+# You know all that stands between these two rows, but one thing: the training. At the end of this
+# chapter there is a third row, of a model made from what *you* wrote.
+#
+# ## Your own parts
+#
+# `own` fetches what you wrote from the notebooks of earlier chapters beside this one. What is
+# missing there, or does not pass, comes from the package.
+
+# %%
+attend = check_05.attend(own("05", "attend"))
+keep = check_05.keep(own("05", "keep"))
+ResBlock = check_04.ResBlock(own("04", "ResBlock"))
+masked_loss = check_04.masked_loss(own("04", "masked_loss"))
+my_order = check_06.my_order(own("06", "my_order"))
+
+# %% [markdown]
+# A part goes in as an argument: `MAR` is told what to build its blocks and its head from, the head
+# what to build *its* blocks from. Your attention goes into a block, which otherwise is the one
+# that you wrote out in chapter 5; your `ResBlock` and your loss go into a head.
+
+# %%
+class MyAttention(transformer.Attention):
+    def forward(self, x, rows=None):  # rows: which tokens ask, all if None
+        q, k, v = self.project(x, rows)
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class MyBlock(transformer.Block):
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, *dropout):
+        super().__init__(dim, num_heads, mlp_ratio)
+        self.attn = MyAttention(dim, num_heads)
+
+
+# %%
+class MyHead(DiffLoss):
+    def __init__(self, *sizes):
+        super().__init__(*sizes, block=ResBlock)
+
+    def forward(self, target, z, mask=None, *, repeat=1, t=None, noise=None, generator=None):
+        """Your loss, with `repeat` noise levels for each token."""
+        target, z = target.repeat(repeat, 1), z.repeat(repeat, 1)
+        t, noise = self.draw(len(target), generator, t, noise)
+        counts = torch.ones(len(target), dtype=torch.bool)  # masked tokens alone come here
+        return masked_loss(self, target, z, counts, t=t, noise=noise)
+
+
+# %% [markdown]
+# The parameters have the published names, so trained weights fit. With the same weights, the same
+# images and the same random numbers your model must have the package's loss. (The package's is
+# that of the published code, number for number: `tests/test_golden.py`.)
+
+# %%
+images, labels = data.to_tensors(data.load_images("digits"))
+images = data.normalise(images)  # (4500, 1, 16, 16) in [-1, 1]
+
+
+def build():
+    torch.manual_seed(seed)
+    return MAR(**asdict(config.mar), block=MyBlock, head=MyHead)
+
+
+# %% tags=["claim"]
+model = build()
+model.load_state_dict(digits.mar.state_dict())
+drawn = model.draw(256, generator)
+with torch.no_grad():
+    mine, package = (m(images[:256], labels[:256], drawn=drawn) for m in (model, digits.mar))
+print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+print(f"loss of your model {mine:.6f}, of the package's {package:.6f}")
+assert abs(mine - package) < 1e-4 * package  # the rounding of float32
+
+# %% [markdown]
+# ## One number for everything
+#
+# The whole model has one loss. For a batch of images:
+#
+# 1. make tokens: `model.patchify(latents)`, (B, L, C),
+# 2. hide some tokens of each image, and the label of some images,
+# 3. encode the known tokens, decode to a `z` for each hidden place,
+# 4. let the head compare: how well does $p(x | z)$ fit the hidden token $x$?
+#
+# Everything random in it was drawn before, as a `Drawn` from `model.draw(batch_size, generator)`.
+# So a loss can be computed twice, and compared.
+
+# %%
+drawn = model.draw(6, generator)
+print("hidden", tuple(drawn.mask.shape), "in each row", drawn.mask.sum(1).tolist())
+print("labels hidden:", drawn.dropped.tolist())
+print("timesteps", tuple(drawn.t.shape), "noise", tuple(drawn.noise.shape))
+
+# %% [markdown]
+# *Predict first:* why are there more timesteps than hidden tokens?
+#
+# <details><summary>Answer</summary>
+#
+# z is costly, the head is cheap. So each hidden token is used twice with the same z, at two noise
+# levels (`diffusion_batch_mul`; the paper takes four).
+#
+# </details>
+#
+# > **Exercise 1** · difficulty 2 of 3 · importance 3 of 3 · 12 minutes
+# >
+# > The four steps. `model.forward_encoder(tokens, mask, labels)` and
+# > `model.forward_decoder(x, mask, wanted)` are those of chapter 5; the second gives `z` of the
+# > `wanted` places alone, (B, M, E). The head is `model.diffloss(target, z, repeat=..., t=...,
+# > noise=...)`, on rows: (B * M, C) and (B * M, E).
+
+# %%
+def training_loss(
+    model: MAR, latents: torch.Tensor, labels: torch.Tensor, *, drawn: Drawn
+) -> torch.Tensor:
+    """The loss of one batch: hide tokens, predict each from the rest.
+
+    latents  float (B, C, H, W)
+    labels   int64 (B,)
+    drawn    all that is random: .mask bool (B, L), True = hidden, as many in each row; .dropped
+             bool (B,), True = the label becomes -1, no class; .t and .noise for the head
+    returns  scalar
+    """
+    # BEGIN SOLUTION about 6 lines
+    tokens = model.patchify(latents)
+    labels = labels.masked_fill(drawn.dropped, -1)
+    x = model.forward_encoder(tokens, drawn.mask, labels)
+    z = model.forward_decoder(x, drawn.mask, wanted=drawn.mask)
+    target, z = keep(tokens, drawn.mask).flatten(0, 1), z.flatten(0, 1)
+    repeat = model.diffusion_batch_mul
+    return model.diffloss(target, z, repeat=repeat, t=drawn.t, noise=drawn.noise)
+    # END SOLUTION
+
+
+training_loss = check.training_loss(training_loss)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# The targets are the *hidden* tokens: `keep(tokens, drawn.mask)`, (B, M, C). The places where you
+# want `z` are the same.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `labels.masked_fill(drawn.dropped, -1)` hides labels in a new tensor. `flatten(0, 1)` makes rows.
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# `drawn.t` has `model.diffusion_batch_mul` times as many rows as there are hidden tokens: that is
+# `repeat`.
+#
+# </details>
+#
+# {{solution training_loss}}
+#
+# ## The average of the weights
+#
+# Each step is taken on a few images, so the weights jitter around where they are going. Samples are
+# made with a running average of them, a second model that is never trained itself. After each step
+#
+# $$\bar w \leftarrow k \, \bar w + (1 - k) \, w,$$
+#
+# an *exponential moving average*, **EMA**: what is older weighs less. The published $k$ is 0.9999,
+# which reaches back some 10,000 steps. Here the average may reach back over a `window`, a share of
+# the $n$ steps so far (after Karras et al. 2024):
+#
+# $$k = \min\left(\text{decay},\ 1 - \frac{1}{1 + \text{window} \cdot n}\right).$$
+#
+# > **Exercise 2** · difficulty 1 of 3 · importance 2 of 3 · 8 minutes
+# >
+# > One step of the average, for a list of weights, in place.
+
+# %%
+def ema_step(
+    averaged: list[torch.Tensor], current: list[torch.Tensor], num_averaged: int, *,
+    decay: float, window: float,
+) -> None:
+    """Move averaged weights towards the current ones, in place.
+
+    averaged, current  weights of two models, in the same order
+    num_averaged       n, how many steps were averaged before this one
+    """
+    # BEGIN SOLUTION about 3 lines
+    k = min(decay, 1 - 1 / (1 + window * num_averaged))
+    for average, weight in zip(averaged, current, strict=True):
+        average.mul_(k).add_(weight, alpha=1 - k)
+    # END SOLUTION
+
+
+ema_step = check.ema_step(ema_step)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `averaged` holds the weights of a model. A new tensor in their place changes no model: write into
+# the old ones.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Methods with an underscore write in place: `x.mul_(2)`, `x.add_(y, alpha=3)` for x + 3 y.
+#
+# </details>
+#
+# {{solution ema_step}}
+
+# %%
+class Averaged:
+    """A copy of a model that holds the average of its weights; call it after each step."""
+
+    def __init__(self, model, decay=config.training.ema_decay, window=config.training.ema_window):
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.settings, self.steps = {"decay": decay, "window": window}, 0
+
+    def __call__(self, model):
+        current = [p.detach() for p in model.parameters()]
+        ema_step(list(self.model.parameters()), current, self.steps, **self.settings)
+        self.steps += 1
+
+
+# %% [markdown]
+# ## One step
+#
+# The gradient of the loss says how each weight should change. Before it is used, it is *clipped*:
+# where its norm is larger than `grad_clip`, it is made shorter, so that one odd batch cannot throw
+# the model off. The **optimiser** then changes the weights (AdamW: each weight by about `rate`, in
+# the direction of its recent gradients).
+#
+# > **Exercise 3** · difficulty 2 of 3 · importance 3 of 3 · 10 minutes
+# >
+# > All that happens in one step: learning rate, gradients, clipping, weights, average.
+
+# %%
+def training_step(model, optimiser, loss, average, *, rate: float, grad_clip: float):
+    """One training step.
+
+    optimiser  keeps its learning rate in `group["lr"]` of each of its `param_groups`
+    loss       () -> scalar, computed with the model as it is
+    average    (model) -> None, to be called when the weights are new
+    returns    the loss before the step, detached
+    """
+    # BEGIN SOLUTION about 9 lines
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    optimiser.zero_grad()
+    value = loss()
+    value.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    optimiser.step()
+    average(model)
+    return value.detach()
+    # END SOLUTION
+
+
+training_step = check.training_step(training_step)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `backward` *adds* to the gradients that are there: clear them first (`optimiser.zero_grad()`).
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `nn.utils.clip_grad_norm_(model.parameters(), grad_clip)` between `backward` and
+# `optimiser.step()`.
+#
+# </details>
+#
+# {{solution training_step}}
+#
+# With it you can train. Which images a step sees and what is drawn follows from seed and step, as
+# in the package, so the two can be compared.
+
+# %%
+def train(model, recipe, averages):
+    """Train with your step; yields how many steps are done, and the loss."""
+    groups = parameter_groups(model, recipe.weight_decay)
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    for step in range(recipe.max_steps):
+        picked = batch_indices(seed, step, len(images), recipe.batch_size)
+        drawn = model.draw(len(picked), step_generator(seed, step))
+        loss = partial(training_loss, model, images[picked], labels[picked], drawn=drawn)
+        rate = learning_rate(recipe, step / recipe.max_steps)
+        average = partial(lambda *all_of_them: [a(all_of_them[-1]) for a in averages])
+        value = training_step(model, optimiser, loss, average, rate=rate, grad_clip=3.0)
+        yield step + 1, value.item()
+
+
+# %% tags=["claim"]
+recipe = replace(config.training, max_steps=8, max_seconds=None, precision="float32")
+mine, package = build(), build()
+start = nn.utils.parameters_to_vector(mine.parameters()).detach().clone()
+average = Averaged(mine)
+ours = [loss for _, loss in train(mine, recipe, [average])]
+states = list(train_mar(package, images, labels, recipe, seed=seed))
+for name, a, b in (("weights", mine, package), ("average", average.model, states[-1].ema)):
+    a, b = (nn.utils.parameters_to_vector(m.parameters()) for m in (a, b))
+    apart = (a - b).norm() / (b - start).norm()
+    print(f"{name}: you and the package are {apart:.1e} of the way apart")
+    assert apart < 1e-2
+print("losses", ours[-1], states[-1].loss)
