@@ -320,7 +320,8 @@ def test_a_chapter_is_short_and_its_cells_too(source):
     lengths = [sum(bool(line.strip()) for line in cell.split("\n")) for cell in code]
     assert len(notebook.cells) <= 50
     assert statistics.median(lengths) <= 8
-    assert len(" ".join(text).split()) <= 2500
+    longer = source.stem.startswith("07")  # the chapter that puts all parts together
+    assert len(" ".join(text).split()) <= (3500 if longer else 2500)
     if not source.stem.startswith("00"):  # the tour has no exercises
         assert len(notebook.cells) >= 30
         cards = re.findall(r"(?m)^> \*\*Exercise \d\*\*.*minutes\n((?:>.*\n?)*)", "\n".join(text))
