@@ -20,6 +20,7 @@ PREMISES = [
      "RADIUS, SPREAD, SHARE, LIMIT = 0.2"),
     ("05_transformer", "the rounding of float32", "return x + block.mlp.fc2(h)",
      "return block.mlp.fc2(h)"),
+    ("07_mar", "of the way apart", "step_generator(seed, step)", "step_generator(seed, step + 1)"),
 ]  # fmt: skip
 
 
