@@ -445,8 +445,8 @@ for step, loss in bar:
         raw = copy.deepcopy(model)
 
 # %%
-rows = torch.stack([write_digits(kept, [2, 3, 5]) for kept in moments.values()], 1).flatten(0, 1)
-alt = "A 2, a 3 and a 5 at six moments: noise, grey clouds, then strokes, then digits"
+rows = torch.stack([write_digits(kept, [0, 3, 7]) for kept in moments.values()], 1).flatten(0, 1)
+alt = "A 0, a 3 and a 7 at six moments: noise, grey clouds, then strokes, then digits"
 fig.show(fig.image_grid(rows, columns=6, titles=[f"step {n}" for n in moments], alt=alt))
 
 # %% [markdown]
@@ -489,9 +489,9 @@ def recognised(model):
 
 
 # %% tags=["claim"]
-shares = {step: recognised(moments[step]) for step in (1, 300, 500, STEPS)}
-level = {step: sum(losses[step - 50 : step]) / 50 for step in (300, 500, STEPS)} | {1: losses[0]}
-for step in (1, 300, 500, STEPS):
+shares = {1: before} | {step: recognised(moments[step]) for step in (300, STEPS)}
+level = {1: losses[0]} | {step: sum(losses[step - 50 : step]) / 50 for step in (300, STEPS)}
+for step in shares:
     print(f"step {step:3}: loss {level[step]:.3f}, recognised {shares[step]:.0%}")
 fall, rise = ((x[1] - x[300]) / (x[1] - x[STEPS]) for x in (level, shares))
 print(f"done by step 300: {fall:.0%} of the loss (claimed: 90%), {rise:.0%} of the rise (60%)")
@@ -511,17 +511,18 @@ assert fall > 0.9 and rise < 0.6
 #
 # ## The average, as a picture
 #
-# Step 300 again, where the learning rate is still high: raw weights, your average, and the average
-# with $k = 0.9999$, at the end of the training even.
+# Step 300 again: raw weights, then your average. Below them the average with $k = 0.9999$, and that
+# even at step 900.
 
 # %%
 three = [write_digits(kept, range(10)) for kept in (raw, moments[300], published.model)]
-alt = "Three rows of digits: rough, a little clearer, and pure noise"
+alt = "Three rows: rough digits, the same a little smoother, and pure noise"
 fig.show(fig.image_grid(torch.cat(three), titles=[str(n) for n in range(10)], alt=alt))
 
 # %% [markdown]
-# The third row is noise, of a model whose weights are *averages of good ones*. Why? Ask your
-# `ema_step`: a weight that was 1 at the start and 0 ever since; how much of the 1 is left?
+# The first two rows hardly differ: digits are easy. But the third is noise, and its weights are an
+# average of those that wrote your digits. *Predict first:* a weight was 1 at the start and 0 ever
+# since. How much of the 1 is in that average after 900 steps? Your `ema_step` knows.
 
 # %%
 def share_left(steps, window, decay=0.9999):
@@ -541,15 +542,23 @@ fig.show(fig.curves({name: (reach, share) for name, share in left.items()},
 for name, share in left.items():
     print(f"{name:17}: after 900 steps {share[899]:.1%}, after 40,000 {share[-1]:.1%} are left")
 print(f"k = 0.9999 after 100,000 steps: {0.9999**100_000:.3%}")
-assert left["k = 0.9999"][899] > 0.9 and left["window of a tenth"][899] < 0.001
+late = recognised(published.model)
+print(f"recognised with k = 0.9999: {late:.0%} (claimed: below 25%), with yours {shares[STEPS]:.0%}")
+assert left["k = 0.9999"][899] > 0.9 and left["window of a tenth"][899] < 0.001 and late < 0.25
 
 # %% [markdown]
-# After 900 steps nine tenths of that average are the random beginning. Nothing is wrong with
-# 0.9999 in a run of 250,000 steps; in a short one it makes noise of a good model. The authors say
-# it takes about 100,000 steps, and to leave the average out on small data
+# <details><summary>Answer</summary>
+#
+# Nine tenths: that average is mostly the random beginning.
+#
+# </details>
+#
+# Nothing is wrong with 0.9999 in a run of 250,000 steps, such as the published one. In a short run
+# it makes noise of a good model. Someone with 10,000 images and a low loss still got noise; the
+# answer was that this average needs about 100,000 steps, and to try without it on small data
 # ([issue 86](https://github.com/LTH14/mar/issues/86)).
 #
-# With photographs the gain is plainer. These are weights from early in the training of the
+# With photographs you can see what an average is good for. These are weights from early in the training of the
 # CIFAR-10 model that comes with the course: above raw, below averaged over a tenth of the steps.
 
 # %%
@@ -578,7 +587,8 @@ fig.show(fig.image_grid(torch.cat(pictures), titles=cifar.classes, alt=alt))
 #     python recipes/history.py build/cifar10
 #
 # The second command draws samples at 20 moments and measures their Fréchet distance to the training
-# images (chapter 9; lower is better). Both lines below are shares of their first value.
+# images (chapter 9; lower is better). Both lines below are shares of their first value. *Predict
+# first:* your digits went on getting better at a loss that stood still. Do photographs?
 
 # %%
 history = json.loads((folder / "history_masked.json").read_text("utf-8"))
@@ -606,12 +616,12 @@ sheet = torch.from_numpy(np.array(Image.open(folder / "growth.png").convert("RGB
 tiles = sheet.unflatten(0, (8, 32)).unflatten(2, (20, 32)).permute(0, 2, 4, 1, 3)  # (8, 20, 3, ...)
 shown = [0, 2, 3, 4, 6, 9, 12, 14, 16, 19]
 titles = [f"{seen[i] / 1000:,.0f}k" for i in shown]
-alt = "Four classes at ten moments: noise, patches of colour, then a plane, a car, a horse"
-fig.show(fig.image_grid(tiles[[0, 1, 4, 7]][:, shown].flatten(0, 1), titles=titles, alt=alt))
+alt = "Three classes at ten moments: noise, patches of colour, then a plane, a car, a horse"
+fig.show(fig.image_grid(tiles[[0, 1, 7]][:, shown].flatten(0, 1), titles=titles, alt=alt))
 
 # %% [markdown]
 # The stored samples, by thousands of images seen: first colours, then layout, then things. The bump
-# near one million is where the training was stopped and continued with more time: the learning rate
+# at 0.84 million is where the training was stopped and continued with more time: the learning rate
 # rose again, and the pictures got worse before they got better.
 #
 # ## In your own order
