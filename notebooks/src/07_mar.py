@@ -320,8 +320,11 @@ training_step = check.training_step(training_step)
 #
 # {{solution training_step}}
 #
-# With it you can train. Which images a step sees and what is drawn follows from seed and step, as
-# in the package, so the two can be compared.
+# With it you can train. The learning rate rises in the first tenth of the steps (**warm-up**: the
+# first gradients of an untrained model are wild), then falls along half a cosine to 0. Matrices are
+# pulled a little towards 0 (**weight decay**); biases, norms and the head are not, as in the paper.
+# Which images a step sees and what is drawn follows from seed and step, as in the package, so the
+# two can be compared.
 
 # %%
 class Averaged:
