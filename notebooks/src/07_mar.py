@@ -426,8 +426,8 @@ assert left.pop("head left out") > 0.5 and max(left.values()) < 0.05
 # </details>
 #
 # So it rules out a head that does not learn, numbers that do not fit together, a learning rate that
-# is far off. It says nothing of wrong labels, of a wrong scale, of masks, of sampling, of images not
-# seen before, and not even that the transformer learns. It is a test to fail early, not to pass.
+# is far off. It says nothing of wrong labels, of a wrong scale, of masks, of sampling, of new
+# images, and not even that the transformer learns. It is a test to fail early, not to pass.
 #
 # ## Train it
 #
