@@ -588,7 +588,7 @@ fig.show(fig.image_grid(torch.cat(pictures), titles=cifar.classes, alt=alt))
 # ## Photographs, for longer
 #
 # Photographs take more than a minute. `data/weights/cifar10` has the history of one training on one
-# core, 142 minutes long. It is *stored*, made by
+# core, 142 minutes long, and five for its autoencoder before. It is *stored*, made by
 #
 #     python recipes/train.py --data cifar10 --config cifar10 --out build/cifar10 --minutes 142
 #     python recipes/history.py build/cifar10
@@ -599,6 +599,8 @@ fig.show(fig.image_grid(torch.cat(pictures), titles=cifar.classes, alt=alt))
 
 # %%
 history = json.loads((folder / "history_masked.json").read_text("utf-8"))
+first = json.loads((folder / "history_autoencoder.json").read_text("utf-8"))
+print(f"autoencoder: squared error {first[0]['mse']:.4f} at first, {first[-1]['mse']:.4f} at the end")
 kept = json.loads((folder / "moments.json").read_text("utf-8"))
 seen = torch.tensor([row["images_seen"] for row in kept["moments"]])
 distance, of_raw = (
