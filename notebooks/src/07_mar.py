@@ -594,13 +594,13 @@ fig.show(fig.image_grid(torch.cat(pictures), titles=cifar.classes, alt=alt))
 #     python recipes/history.py build/cifar10
 #
 # The second command draws samples at 20 moments and measures their Fréchet distance to the training
-# images (chapter 9; lower is better). Both lines below are shares of their first value. *Predict
+# images (chapter 9; lower is better). All lines below are shares of their first value. *Predict
 # first:* your digits went on getting better at a loss that stood still. Do photographs?
 
 # %%
 history = json.loads((folder / "history_masked.json").read_text("utf-8"))
 first = json.loads((folder / "history_autoencoder.json").read_text("utf-8"))
-print(f"autoencoder: squared error {first[0]['mse']:.4f} at first, {first[-1]['mse']:.4f} at the end")
+print(f"autoencoder: squared error {first[0]['mse']:.4f}, at the end {first[-1]['mse']:.4f}")
 kept = json.loads((folder / "moments.json").read_text("utf-8"))
 seen = torch.tensor([row["images_seen"] for row in kept["moments"]])
 distance, of_raw = (
