@@ -1,12 +1,11 @@
 """Why are my images black, or noise? A small training with one thing wrong, and what it shows.
 
 `symptoms` trains a tiny MAR in seconds; each of its arguments makes one well-known mistake.
-`measure` takes the evidence, of that training or of your own, without knowing what is wrong, and
-`diagnose` names the cause.
+`measure` takes the evidence, of that training or of one of your own, without knowing what is
+wrong. `diagnose` names the cause.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,55 +14,55 @@ from torch import Tensor, nn
 
 from mar_mini import evaluation
 from mar_mini.configs import TrainingConfig
-from mar_mini.diffloss import DiffLoss
 from mar_mini.diffusion import Diffusion
 from mar_mini.mar import MAR
 from mar_mini.sampling import evaluating, generate
 from mar_mini.training import train_mar
 
-HEALTHY = "healthy"
-# what is wrong -> the arguments of `symptoms` that make it so
+# what is wrong -> the one argument of `symptoms` that makes it so, for images of 8x8 pixels
 STATES: dict[str, dict] = {
-    HEALTHY: {},
+    "healthy": {},
     "unbounded x0": {"clip": None},
-    "ema lag": {"ema_window": 1000.0},
+    "ema lag": {"ema_window": math.inf},
     "latent scale": {"latent_scale": 0.1},
     "leaking mask": {"leak": True},
     "no positions": {"positions": False},
-    "wide tokens": {"patch_size": 16},
+    "wide tokens": {"patch_size": 8},
 }
+CFG, STEPS = 2.0, 20  # guidance weight and diffusion steps of the samples
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What can be measured on a training whose images are wrong, whatever the cause.
+    """What can be measured on any training, whatever may be wrong with it.
 
-    tokens, token_width  of an image, and values of each
+    tokens, token_width  of an image, and the values of each
     latent_std           standard deviation of what the model is fed
+    loss                 of the trained weights on training images, as training computes it
+    loss_hidden          the same masks and noise, but z as in sampling: hidden tokens are blanked
+    loss_average         as `loss`, of the averaged weights
+    average_distance     of the averaged weights from the trained ones, as a share of their norm
+    z_by_place           how much z differs from place to place while nothing is known, as a share
+                         of its size; 0 for a single token
     largest_x0           largest |x0| in the sampler's first step, as a multiple of the largest
                          value in the training set
-    loss                 of the trained weights, on the path that training takes
-    loss_hidden          the same masks and noise, but z computed as in sampling: what is hidden is
-                         really not there
-    loss_average         as `loss`, of the averaged weights
-    average_distance     of the averaged weights from the trained ones, relative to these
-    z_by_place           how much z differs from place to place when nothing is known, as a share
-                         of its size; 0 for a single token
-    outside              share of the sampled values beyond 1.05 times the largest training value
+    outside              share of sampled values that are not finite, or beyond 1.05 times the
+                         largest value in the training set
     sample_std           standard deviation of the samples, as a multiple of the training set's
-    recognised           share of samples taken for the class that was asked for (averaged weights)
-    recognised_trained   the same of samples from the trained weights
+    recognised           share of samples (of the averaged weights) that are taken for the class
+                         that was asked for
+    recognised_trained   the same of the trained weights' samples
     """
 
     tokens: int
     token_width: int
     latent_std: float
-    largest_x0: float
     loss: float
     loss_hidden: float
     loss_average: float
     average_distance: float
     z_by_place: float
+    largest_x0: float
     outside: float
     sample_std: float
     recognised: float
@@ -72,29 +71,15 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Symptoms:
-    """pictures (N, C, H, W) in [0, 1], sample i of class i modulo the classes; and the evidence."""
+    """What a training shows.
 
-    pictures: Tensor
+    samples   (N, C, H, W) of the averaged weights, in the units of the latents; sample i was asked
+              to be of class i modulo their number; what is not finite is 0
+    evidence  `Evidence`
+    """
+
+    samples: Tensor
     evidence: Evidence
-
-
-class Leaking(MAR):
-    """A MAR whose mask reaches the loss, but not the encoder: it is shown what it must predict."""
-
-    leaks = False
-
-    def forward(self, *args, **kwargs):
-        self.leaks = True
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            self.leaks = False
-
-    def forward_encoder(self, x, mask, labels):
-        return super().forward_encoder(x, mask & (not self.leaks), labels)
-
-    def forward_decoder(self, x, mask, wanted=None):
-        return super().forward_decoder(x, mask & (not self.leaks), wanted)
 
 
 def symptoms(
@@ -103,66 +88,183 @@ def symptoms(
     *,
     clip: float | None = 1.0,
     ema_window: float = 0.1,
-    latent_scale: float = 1.0,
+    latent_scale: float | None = None,
     leak: bool = False,
     positions: bool = True,
     patch_size: int = 4,
-    steps: int = 300,
+    steps: int = 150,
     seed: int = 0,
-    width=64, head_width=128, batch=64, lr=2e-3, depth=1, head_depth=2, precision="auto", buffer=2,
 ) -> Symptoms:
-    side, classes = latents.shape[-1], int(labels.max()) + 1
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    """Train a tiny MAR, sample from it, and take the evidence. All random numbers follow from seed.
+
+    latents       (N, C, H, W) float, 128 at least; square, such as pixels of 8x8 in [-1, 1]
+    labels        (N,) int64
+    clip          bound on |x0| while sampling, as a multiple of the largest training value; None:
+                  unbounded x0
+    ema_window    share of the steps that the average reaches back over; infinite: 0.9999 from the
+                  first step on, the published decay, so that it lags behind
+    latent_scale  factor on the latents; 1 / their standard deviation if None
+    leak          True: the encoder is shown the tokens that the model must predict
+    positions     False: all position embeddings are zero and stay so
+    patch_size    latents of a token's side; as large as the image: one wide token
+    steps         of 128 images
+
+    Raises ValueError for values that mean nothing, or latents and labels that do not fit.
+    """
+    check(latents, clip, ema_window, latent_scale, steps)
+    scale = 1 / float(latents.std()) if latent_scale is None else latent_scale
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # for the initial weights
         model = (Leaking if leak else MAR)(
-            img_size=side, vae_stride=1, patch_size=patch_size, vae_embed_dim=latents.shape[1],
-            class_num=classes, encoder_embed_dim=width, encoder_depth=depth, encoder_num_heads=4,
-            decoder_embed_dim=width, decoder_depth=depth, decoder_num_heads=4, buffer_size=buffer,
-            attn_dropout=0.0, proj_dropout=0.0, diffloss_d=head_depth, diffloss_w=head_width,
-            num_sampling_steps=25, mlp_ratio=2.0,
-        )
+            img_size=latents.shape[-1], vae_stride=1, patch_size=patch_size,
+            vae_embed_dim=latents.shape[1], class_num=int(labels.max()) + 1, buffer_size=2,
+            encoder_embed_dim=64, encoder_depth=1, encoder_num_heads=4, decoder_embed_dim=64,
+            decoder_depth=1, decoder_num_heads=4, mlp_ratio=2.0, attn_dropout=0.0,
+            proj_dropout=0.0, diffloss_d=2, diffloss_w=64, num_sampling_steps=STEPS,
+            diffusion_batch_mul=2,
+        )  # fmt: skip
     if not positions:
-        for name, p in model.named_parameters():
-            if "pos_embed" in name:
-                nn.init.zeros_(p).requires_grad_(False)
-    config = TrainingConfig(batch_size=batch, learning_rate=lr, max_steps=steps,
-                            ema_window=ema_window, precision=precision)
-    scaled = latents * latent_scale
-    for step in train_mar(model, scaled, labels, config, seed=seed):
+        forget_positions(model)
+    config = TrainingConfig(
+        batch_size=128, learning_rate=4e-3, max_steps=steps, ema_window=ema_window,
+        precision="float32",
+    )  # fmt: skip
+    for step in train_mar(model, latents * scale, labels, config, seed=seed):
         pass
-    return measure(step.model, step.ema, scaled, labels, clip=clip, seed=seed)
+    bound = clip and clip * float((latents * scale).abs().max())
+    found = measure(model, step.ema, latents * scale, labels, clip=bound, seed=seed)
+    return Symptoms(found.samples / scale, found.evidence)
 
 
-def measure(model, ema, latents, labels, clip, seed=0, count=100):
-    largest = float(latents.abs().max())
-    bound = clip and clip * largest
-    classes = model.class_num
-    asked = torch.arange(count) % classes
-    means = evaluation.class_means(latents, labels)
-    gen = lambda: torch.Generator().manual_seed(seed)
-    drawn = [m.unpatchify(generate(m, asked, num_iter=min(8, m.seq_len), clip=bound, generator=gen()))
-             for m in (ema, model)]
-    drawn = [x.nan_to_num(1e9, 1e9, -1e9).clamp(-1e9, 1e9) for x in drawn]
-    recognised = [evaluation.recognised(x.clamp(-largest, largest), asked, means) for x in drawn]
-    a, b = (torch.cat([p.flatten() for p in m.parameters()]) for m in (ema, model))
-    batch, wanted = latents[:512], labels[:512]
+def check(latents, clip, ema_window, latent_scale, steps) -> None:
+    """Raises ValueError for arguments of `symptoms` that mean nothing."""
+    if latents.ndim != 4 or latents.shape[-1] != latents.shape[-2]:
+        raise ValueError(f"latents are {tuple(latents.shape)}; expected square ones (N, C, H, H)")
+    if not latents.is_floating_point():
+        raise ValueError(f"latents are {latents.dtype}; expected float, for pixels data.normalise")
+    for name, value in (("clip", clip), ("latent_scale", latent_scale)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}; expected a finite number above 0, or None")
+    if not ema_window > 0:
+        raise ValueError(f"ema_window is {ema_window}; expected above 0, or math.inf")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; expected 1 or more")
+
+
+class Leaking(MAR):
+    """A MAR whose mask reaches the loss, but not the encoder: it is shown what it must predict.
+
+    Only in training. In sampling there is nothing to leak: hidden tokens do not exist yet.
+    """
+
+    leaking = False
+
+    def forward(self, *args, **kwargs):
+        self.leaking = True
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.leaking = False
+
+    def forward_encoder(self, x, mask, labels):
+        return super().forward_encoder(x, mask & (not self.leaking), labels)
+
+    def forward_decoder(self, x, mask, wanted=None):
+        return super().forward_decoder(x, mask & (not self.leaking), wanted)
+
+
+def forget_positions(model: MAR) -> None:
+    """All position embeddings to zero, for good."""
+    for name, parameter in model.named_parameters():
+        if "pos_embed" in name:
+            nn.init.zeros_(parameter).requires_grad_(False)
+
+
+def measure(
+    model: MAR,
+    ema: MAR,
+    latents: Float[Tensor, "N C H W"],
+    labels: Int[Tensor, " N"],
+    *,
+    clip: float | None,
+    count: int = 100,
+    seed: int = 0,
+) -> Symptoms:
+    """Take the evidence of a training: its weights, their average, and what they were fed.
+
+    latents   (N, C, H, W) scaled as in training; labels (N,) int64
+    clip      bound on |x0| while sampling, in the latents' units; None for none
+    count     samples to draw from each of the two
+    """
+    asked = torch.arange(count) % model.class_num
+    largest, means = float(latents.abs().max()), evaluation.class_means(latents, labels)
+    drawn, recognised = [], []
+    for weights in (ema, model):
+        x = generate(
+            weights, asked, num_iter=model.seq_len, cfg=CFG, clip=clip, generator=seeded(seed)
+        )
+        drawn.append(weights.unpatchify(x))
+        within = drawn[-1].nan_to_num(0.0).clamp(-largest, largest)
+        recognised.append(evaluation.recognised(within, asked, means))
+    samples = drawn[0].nan_to_num(0.0)
+    ours, theirs = (torch.cat([p.detach().flatten() for p in x.parameters()]) for x in (model, ema))
     with torch.no_grad(), evaluating(model), evaluating(ema):
-        mask = model.draw_mask(len(batch), gen())
-        loss, loss_average = (float(m(batch, wanted, mask=mask, generator=gen())) for m in (model, ema))
-        tokens = model.patchify(batch)
-        x = model.forward_encoder(tokens.masked_fill(mask[..., None], 0), mask, wanted)
-        z = model.forward_decoder(x, mask, mask)
-        loss_hidden = float(model.diffloss(tokens[mask], z.flatten(0, 1), repeat=model.diffusion_batch_mul, generator=gen()))
-        none = torch.ones(count, model.seq_len, dtype=torch.bool)
-        z = ema.forward_decoder(ema.forward_encoder(torch.zeros(count, model.seq_len, model.token_embed_dim), none, asked), none)
-        spread = float((z - z.mean(1, keepdim=True)).norm() / z.norm())
-        z = z.flatten(0, 1)
-        d = Diffusion(ema.diffloss.num_sampling_steps)
-        x = torch.randn(len(z), model.token_embed_dim, generator=gen())
-        last = d.num_steps - 1
-        out = ema.diffloss.net(x, d.timestep_map[last].expand(len(x)), z)
-        x0 = float(d.p_mean_variance(out, x, last, bound).x0.abs().max()) / largest
-    ev = Evidence(model.seq_len, model.token_embed_dim, float(latents.std()), x0, loss, loss_hidden, loss_average,
-        float((a - b).norm() / b.norm()), spread, float((drawn[0].abs() > 1.05 * largest).float().mean()),
-        float(drawn[0].std() / latents.std()), *recognised)
-    return Symptoms((drawn[0] / largest + 1).clamp(0, 2) / 2, ev)
+        loss, loss_hidden = losses(model, latents[:512], labels[:512], seed)
+        evidence = Evidence(
+            tokens=model.seq_len,
+            token_width=model.token_embed_dim,
+            latent_std=float(latents.std()),
+            loss=loss,
+            loss_hidden=loss_hidden,
+            loss_average=losses(ema, latents[:512], labels[:512], seed)[0],
+            average_distance=float((theirs - ours).norm() / ours.norm()),
+            z_by_place=z_by_place(ema, asked),
+            largest_x0=largest_x0(ema, asked, clip, seed) / largest,
+            outside=1 - float((drawn[0].abs() <= 1.05 * largest).double().mean()),
+            sample_std=float(samples.std() / latents.std()),
+            recognised=recognised[0],
+            recognised_trained=recognised[1],
+        )
+    return Symptoms(samples, evidence)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def losses(model: MAR, latents: Tensor, labels: Tensor, seed: int) -> tuple[float, float]:
+    """The loss as training computes it, and with hidden tokens blanked before the encoder."""
+    drawn = model.draw(len(latents), seeded(seed))
+    loss = model(latents, labels, drawn=drawn)
+    target = model.patchify(latents)
+    blanked = target.masked_fill(drawn.mask[..., None], 0.0)
+    z = model.forward_decoder(
+        model.forward_encoder(blanked, drawn.mask, labels), drawn.mask, drawn.mask
+    )
+    hidden = model.diffloss(
+        target[drawn.mask], z.flatten(0, 1), repeat=model.diffusion_batch_mul, t=drawn.t,
+        noise=drawn.noise,
+    )  # fmt: skip
+    return float(loss), float(hidden)
+
+
+def first_z(model: MAR, labels: Tensor) -> Float[Tensor, "B L D"]:
+    """z of all places while nothing is known."""
+    mask = torch.ones(len(labels), model.seq_len, dtype=torch.bool)
+    nothing = torch.zeros(*mask.shape, model.token_embed_dim)
+    return model.forward_decoder(model.forward_encoder(nothing, mask, labels), mask)
+
+
+def z_by_place(model: MAR, labels: Tensor) -> float:
+    z = first_z(model, labels)
+    return float((z - z.mean(1, keepdim=True)).norm() / z.norm())
+
+
+def largest_x0(model: MAR, labels: Tensor, clip: float | None, seed: int) -> float:
+    """Of the sampler's first step, at t = 999, for all places at once and without guidance."""
+    z, head = first_z(model, labels).flatten(0, 1), model.diffloss
+    diffusion = Diffusion(head.num_sampling_steps)
+    last = diffusion.num_steps - 1
+    x = torch.randn(len(z), head.target_channels, generator=seeded(seed))
+    output = head.net(x, diffusion.timestep_map[last].expand(len(x)), z)
+    return float(diffusion.p_mean_variance(output, x, last, clip).x0.abs().max())
