@@ -5,14 +5,16 @@
 wrong. `diagnose` names the cause.
 """
 
+import json
 import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mar_mini import evaluation
+from mar_mini import data, evaluation
 from mar_mini.configs import TrainingConfig
 from mar_mini.diffusion import Diffusion
 from mar_mini.mar import MAR
@@ -29,7 +31,7 @@ STATES: dict[str, dict] = {
     "no positions": {"positions": False},
     "wide tokens": {"patch_size": 8},
 }
-CFG, STEPS = 2.0, 20  # guidance weight and diffusion steps of the samples
+CFG, STEPS = 3.0, 20  # guidance weight and diffusion steps of the samples
 
 
 @dataclass(frozen=True)
@@ -82,17 +84,55 @@ class Symptoms:
     evidence: Evidence
 
 
+def diagnose(evidence: Evidence) -> str:
+    """Name what is wrong with a training: one of `STATES`.
+
+    First the tests that compare two numbers which should be equal, or a number with a bound: a
+    healthy training passes them at any age. Only then how good the samples are. "healthy" says
+    that none of the six was found: samples may still be bad because the training was short.
+
+    The limits suit latents of standard deviation 1, and pixels in [-1, 1].
+    """
+    e = evidence
+    if not e.largest_x0 < 2:  # true for what is not a number as well
+        return "unbounded x0"
+    if e.loss_hidden > 1.5 * e.loss:  # worse without what it should not have seen
+        return "leaking mask"
+    if e.loss_average > 1.5 * e.loss:
+        return "ema lag"
+    if not 0.2 < e.latent_std < 4:
+        return "latent scale"
+    if e.tokens > 1 and e.z_by_place < 0.01:
+        return "no positions"
+    if e.token_width > 32 and e.recognised < 0.6:  # width is no fault where it was learned
+        return "wide tokens"
+    return "healthy"
+
+
+def stored_evidence() -> list[tuple[str, int, Evidence]]:
+    """(state, seed, evidence) of the trainings in data/symptoms, made by tools/make_symptoms.py."""
+    rows = json.loads((data.data_dir() / "symptoms" / "evidence.json").read_text("utf-8"))
+    return [(row["state"], row["seed"], Evidence(**row["evidence"])) for row in rows]
+
+
+def small_digits() -> tuple[Float[Tensor, "N 1 8 8"], Int[Tensor, " N"]]:
+    """The bundled digits 0 to 3 shrunk to 8x8 pixels in [-1, 1], and their labels."""
+    images, labels = data.to_tensors(data.load_images("digits"))
+    pixels = data.normalise(images)[labels < 4][:, :, 2:-2, 2:-2]  # the border has hardly any ink
+    return F.interpolate(pixels, size=8, mode="area"), labels[labels < 4]
+
+
 def symptoms(
     latents: Float[Tensor, "N C H W"],
     labels: Int[Tensor, " N"],
     *,
     clip: float | None = 1.0,
     ema_window: float = 0.1,
-    latent_scale: float | None = None,
+    latent_scale: float = 1.0,
     leak: bool = False,
     positions: bool = True,
     patch_size: int = 4,
-    steps: int = 150,
+    steps: int = 200,
     seed: int = 0,
 ) -> Symptoms:
     """Train a tiny MAR, sample from it, and take the evidence. All random numbers follow from seed.
@@ -103,7 +143,7 @@ def symptoms(
                   unbounded x0
     ema_window    share of the steps that the average reaches back over; infinite: 0.9999 from the
                   first step on, the published decay, so that it lags behind
-    latent_scale  factor on the latents; 1 / their standard deviation if None
+    latent_scale  factor on the latents; 1 suits pixels in [-1, 1]
     leak          True: the encoder is shown the tokens that the model must predict
     positions     False: all position embeddings are zero and stay so
     patch_size    latents of a token's side; as large as the image: one wide token
@@ -112,7 +152,7 @@ def symptoms(
     Raises ValueError for values that mean nothing, or latents and labels that do not fit.
     """
     check(latents, clip, ema_window, latent_scale, steps)
-    scale = 1 / float(latents.std()) if latent_scale is None else latent_scale
+    scaled = latents * latent_scale
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # for the initial weights
         model = (Leaking if leak else MAR)(
@@ -129,11 +169,11 @@ def symptoms(
         batch_size=128, learning_rate=4e-3, max_steps=steps, ema_window=ema_window,
         precision="float32",
     )  # fmt: skip
-    for step in train_mar(model, latents * scale, labels, config, seed=seed):
+    for step in train_mar(model, scaled, labels, config, seed=seed):
         pass
-    bound = clip and clip * float((latents * scale).abs().max())
-    found = measure(model, step.ema, latents * scale, labels, clip=bound, seed=seed)
-    return Symptoms(found.samples / scale, found.evidence)
+    bound = clip and clip * float(scaled.abs().max())
+    found = measure(model, step.ema, scaled, labels, clip=bound, seed=seed)
+    return Symptoms(found.samples / latent_scale, found.evidence)
 
 
 def check(latents, clip, ema_window, latent_scale, steps) -> None:
@@ -142,9 +182,10 @@ def check(latents, clip, ema_window, latent_scale, steps) -> None:
         raise ValueError(f"latents are {tuple(latents.shape)}; expected square ones (N, C, H, H)")
     if not latents.is_floating_point():
         raise ValueError(f"latents are {latents.dtype}; expected float, for pixels data.normalise")
-    for name, value in (("clip", clip), ("latent_scale", latent_scale)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} is {value}; expected a finite number above 0, or None")
+    if clip is not None and not 0 < clip < math.inf:
+        raise ValueError(f"clip is {clip}; expected a number above 0, or None for no bound")
+    if not 0 < latent_scale < math.inf:
+        raise ValueError(f"latent_scale is {latent_scale}; expected a finite number above 0")
     if not ema_window > 0:
         raise ValueError(f"ema_window is {ema_window}; expected above 0, or math.inf")
     if steps < 1:
