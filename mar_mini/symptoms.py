@@ -7,6 +7,7 @@ wrong. `diagnose` names the cause.
 
 import json
 import math
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -169,10 +170,9 @@ def symptoms(
         batch_size=128, learning_rate=4e-3, max_steps=steps, ema_window=ema_window,
         precision="float32",
     )  # fmt: skip
-    for step in train_mar(model, scaled, labels, config, seed=seed):
-        pass
+    last = deque(train_mar(model, scaled, labels, config, seed=seed), maxlen=1)[0]
     bound = clip and clip * float(scaled.abs().max())
-    found = measure(model, step.ema, scaled, labels, clip=bound, seed=seed)
+    found = measure(model, last.ema, scaled, labels, clip=bound, seed=seed)
     return Symptoms(found.samples / latent_scale, found.evidence)
 
 

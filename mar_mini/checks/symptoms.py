@@ -26,8 +26,8 @@ IDEAS = {
     "differs little from place to place; without positions it does not differ at all",
     ("latent scale", "no positions"): "z differs less from place to place here, but it does; "
     "without positions it does not differ at all",
-    ("latent scale", "leaking mask"): "a small loss alone is no leak, small latents have one too; a "
-    "leak shows where the loss grows once the tokens are really hidden",
+    ("latent scale", "leaking mask"): "a small loss alone is no leak, small latents have one too; "
+    "a leak shows where the loss grows once the tokens are really hidden",
     ("leaking mask", "healthy"): "the loss looks good, since the encoder was shown what it must "
     "predict; compare it with the loss where the tokens are really hidden",
     ("leaking mask", "ema lag"): "averaged and trained weights have the same loss, so the average "
@@ -51,8 +51,8 @@ IDEAS = {
     "large",
     ("latent scale", "ema lag"): "trained and averaged weights are equally bad, so the average "
     "does not lag",
-    ("wide tokens", "healthy"): "no test of a mistake fires here, but hardly a sample is recognised "
-    "and each token holds many numbers",
+    ("wide tokens", "healthy"): "no other mistake shows, but hardly a sample is recognised, and "
+    "each token holds many numbers",
     ("wide tokens", "ema lag"): "trained and averaged weights are equally bad, so the average does "
     "not lag",
     ("wide tokens", "latent scale"): "what the model is fed has a usual spread; it is many numbers "
@@ -89,7 +89,7 @@ def _ask(candidate, evidence: Evidence) -> str:
     try:
         answer = candidate(given)
     except FrozenInstanceError as error:
-        raise Failed("the evidence cannot be changed; keep what you compute in variables") from error
+        raise Failed("the evidence cannot be changed; use variables of your own") from error
     if asdict(given) != asdict(evidence):
         raise Failed("diagnose changed the evidence it was given; keep it as it is")
     if answer is None:
@@ -100,7 +100,7 @@ def _ask(candidate, evidence: Evidence) -> str:
 
 
 def _expect(state: str, answers: list[tuple[str, int, Evidence]]) -> None:
-    """Expect that all these answers are that state; raises `Failed` with what was taken for what."""
+    """Expect that state of all these; raises `Failed` with what was taken for what."""
     wrong = [(answer, seed, evidence) for answer, seed, evidence in answers if answer != state]
     if not wrong:
         return
