@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from mar_mini import data, evaluation
@@ -124,8 +124,8 @@ def small_digits() -> tuple[Float[Tensor, "N 1 8 8"], Int[Tensor, " N"]]:
 
 
 def symptoms(
-    latents: Float[Tensor, "N C H W"],
-    labels: Int[Tensor, " N"],
+    latents: Shaped[Tensor, "N C H W"],
+    labels: Int[Tensor, " M"],
     *,
     clip: float | None = 1.0,
     ema_window: float = 0.1,

@@ -73,7 +73,7 @@ def test_data_that_do_not_fit_are_refused():
         symptoms.symptoms(images[..., :4], labels)
     with pytest.raises(ValueError, match="expected float"):
         symptoms.symptoms(images.to(torch.uint8), labels)
-    with pytest.raises(ValueError, match="1800 images but 5 labels"):
+    with pytest.raises(ValueError, match="1800 .*but 5"):
         symptoms.symptoms(images, labels[:5])
 
 
@@ -155,9 +155,10 @@ def test_diagnose_finds_it_in_every_stored_training(state):
 
 def test_the_healthy_ones_paint_digits_and_the_others_do_not():
     """But for lost positions and unbounded x0: their blobs may resemble a class in the mean."""
-    assert min(e.recognised for e in stored("healthy")) > 0.75
+    worst = min(e.recognised for e in stored("healthy"))
+    assert worst > 0.8
     for state in ("ema lag", "latent scale", "leaking mask", "wide tokens"):
-        assert max(e.recognised for e in stored(state)) < 0.6, state
+        assert max(e.recognised for e in stored(state)) < worst - 0.1, state
 
 
 def test_limits_lie_well_between():

@@ -47,6 +47,8 @@ IDEAS = {
     ("no positions", "healthy"): "pieces of digits in wrong places may still resemble the digit, "
     "and the loss is hardly higher; ask z whether it knows places",
     ("no positions", "unbounded x0"): "the first step's x0 is within its bound",
+    ("latent scale", "healthy"): "a scale can be wrong in two directions, what the model is fed "
+    "too small or too large; its standard deviation should be near 1",
     ("latent scale", "wide tokens"): "the tokens are narrow; what they hold is too small or too "
     "large",
     ("latent scale", "ema lag"): "trained and averaged weights are equally bad, so the average "
