@@ -1,8 +1,17 @@
-# Imports for the setup cell of the chapter:
-#   from dataclasses import fields
-#   from tqdm import tqdm
-#   from mar_mini.checks import symptoms as check_symptoms
-#   from mar_mini.symptoms import STATES, Evidence, small_digits, stored_evidence, symptoms
+# %%
+# for the setup cell of the chapter
+import os
+from dataclasses import fields
+
+import torch
+from tqdm import tqdm
+
+from mar_mini import data
+from mar_mini.checks import symptoms as check_symptoms
+from mar_mini.symptoms import STATES, Evidence, small_digits, stored_evidence, symptoms
+from mar_mini.viz import figures as fig
+
+seed = int(os.environ.get("MAR_MINI_SEED", 0))
 
 # %% [markdown]
 # ## My images are black, or noise

@@ -111,7 +111,7 @@ def one_seed(e: Evidence) -> str:
         (one_seed, "'leaking mask' for 'healthy' in 4 of 5 .* a limit sits too near"),
         (changed(no_positions=lambda e: e.z_by_place < 0.01), "no second place to differ from"),
         (changed(wide_tokens=lambda e: e.token_width > 32), "only where they were not learned"),
-        (changed(no_positions=lambda e: 0 < e.z_by_place < 0.25), "averaged weights|z differs less"),
+        (changed(no_positions=lambda e: 0 < e.z_by_place < 0.25), "averaged weights|differs less"),
         (changed(leaking_mask=lambda e: e.loss < 0.05), "a small loss alone is no leak"),
         (changed(latent_scale=lambda e: e.sample_std > 50), "speaks of the training data alone"),
         (without("leaking mask"), "the loss looks good, since the encoder was shown"),
