@@ -78,7 +78,6 @@ class Symptoms:
 
     samples   (N, C, H, W) of the averaged weights, in the units of the latents; sample i was asked
               to be of class i modulo their number; what is not finite is 0
-    evidence  `Evidence`
     """
 
     samples: Tensor
@@ -152,7 +151,7 @@ def symptoms(
 
     Raises ValueError for values that mean nothing, or latents and labels that do not fit.
     """
-    check(latents, clip, ema_window, latent_scale, steps)
+    check(latents, clip, ema_window, latent_scale)
     scaled = latents * latent_scale
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # for the initial weights
@@ -165,18 +164,20 @@ def symptoms(
             diffusion_batch_mul=2,
         )  # fmt: skip
     if not positions:
-        forget_positions(model)
+        for name, parameter in model.named_parameters():
+            if "pos_embed" in name:
+                nn.init.zeros_(parameter).requires_grad_(False)
     config = TrainingConfig(
         batch_size=128, learning_rate=4e-3, max_steps=steps, ema_window=ema_window,
         precision="float32",
     )  # fmt: skip
     last = deque(train_mar(model, scaled, labels, config, seed=seed), maxlen=1)[0]
     bound = clip and clip * float(scaled.abs().max())
-    found = measure(model, last.ema, scaled, labels, clip=bound, seed=seed)
+    found = measure(last.model, last.ema, scaled, labels, clip=bound, seed=seed)
     return Symptoms(found.samples / latent_scale, found.evidence)
 
 
-def check(latents, clip, ema_window, latent_scale, steps) -> None:
+def check(latents, clip, ema_window, latent_scale) -> None:
     """Raises ValueError for arguments of `symptoms` that mean nothing."""
     if latents.ndim != 4 or latents.shape[-1] != latents.shape[-2]:
         raise ValueError(f"latents are {tuple(latents.shape)}; expected square ones (N, C, H, H)")
@@ -188,8 +189,6 @@ def check(latents, clip, ema_window, latent_scale, steps) -> None:
         raise ValueError(f"latent_scale is {latent_scale}; expected a finite number above 0")
     if not ema_window > 0:
         raise ValueError(f"ema_window is {ema_window}; expected above 0, or math.inf")
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; expected 1 or more")
 
 
 class Leaking(MAR):
@@ -214,13 +213,6 @@ class Leaking(MAR):
         return super().forward_decoder(x, mask & (not self.leaking), wanted)
 
 
-def forget_positions(model: MAR) -> None:
-    """All position embeddings to zero, for good."""
-    for name, parameter in model.named_parameters():
-        if "pos_embed" in name:
-            nn.init.zeros_(parameter).requires_grad_(False)
-
-
 def measure(
     model: MAR,
     ema: MAR,
@@ -233,18 +225,17 @@ def measure(
 ) -> Symptoms:
     """Take the evidence of a training: its weights, their average, and what they were fed.
 
-    latents   (N, C, H, W) scaled as in training; labels (N,) int64
-    clip      bound on |x0| while sampling, in the latents' units; None for none
-    count     samples to draw from each of the two
+    model, ema  on the device of the latents
+    latents     (N, C, H, W) scaled as in training; labels (N,) int64
+    clip        bound on |x0| while sampling, in the latents' units; None for none
+    count       samples to draw from each of the two
     """
-    asked = torch.arange(count) % model.class_num
+    asked = torch.arange(count, device=latents.device) % model.class_num
     largest, means = float(latents.abs().max()), evaluation.class_means(latents, labels)
     drawn, recognised = [], []
     for weights in (ema, model):
-        x = generate(
-            weights, asked, num_iter=model.seq_len, cfg=CFG, clip=clip, generator=seeded(seed)
-        )
-        drawn.append(weights.unpatchify(x))
+        given = {"num_iter": model.seq_len, "cfg": CFG, "clip": clip, "generator": seeded(seed)}
+        drawn.append(weights.unpatchify(generate(weights, asked, **given)))
         within = drawn[-1].nan_to_num(0.0).clamp(-largest, largest)
         recognised.append(evaluation.recognised(within, asked, means))
     samples = drawn[0].nan_to_num(0.0)
@@ -277,22 +268,17 @@ def losses(model: MAR, latents: Tensor, labels: Tensor, seed: int) -> tuple[floa
     """The loss as training computes it, and with hidden tokens blanked before the encoder."""
     drawn = model.draw(len(latents), seeded(seed))
     loss = model(latents, labels, drawn=drawn)
-    target = model.patchify(latents)
-    blanked = target.masked_fill(drawn.mask[..., None], 0.0)
-    z = model.forward_decoder(
-        model.forward_encoder(blanked, drawn.mask, labels), drawn.mask, drawn.mask
-    )
-    hidden = model.diffloss(
-        target[drawn.mask], z.flatten(0, 1), repeat=model.diffusion_batch_mul, t=drawn.t,
-        noise=drawn.noise,
-    )  # fmt: skip
-    return float(loss), float(hidden)
+    target, mask = model.patchify(latents), drawn.mask.to(latents.device)
+    blanked = target.masked_fill(mask[..., None], 0.0)
+    z = model.forward_decoder(model.forward_encoder(blanked, mask, labels), mask, mask)
+    given = {"repeat": model.diffusion_batch_mul, "t": drawn.t, "noise": drawn.noise}
+    return float(loss), float(model.diffloss(target[mask], z.flatten(0, 1), **given))
 
 
 def first_z(model: MAR, labels: Tensor) -> Float[Tensor, "B L D"]:
     """z of all places while nothing is known."""
-    mask = torch.ones(len(labels), model.seq_len, dtype=torch.bool)
-    nothing = torch.zeros(*mask.shape, model.token_embed_dim)
+    mask = torch.ones(len(labels), model.seq_len, dtype=torch.bool, device=labels.device)
+    nothing = torch.zeros(*mask.shape, model.token_embed_dim, device=labels.device)
     return model.forward_decoder(model.forward_encoder(nothing, mask, labels), mask)
 
 
@@ -306,6 +292,7 @@ def largest_x0(model: MAR, labels: Tensor, clip: float | None, seed: int) -> flo
     z, head = first_z(model, labels).flatten(0, 1), model.diffloss
     diffusion = Diffusion(head.num_sampling_steps)
     last = diffusion.num_steps - 1
-    x = torch.randn(len(z), head.target_channels, generator=seeded(seed))
-    output = head.net(x, diffusion.timestep_map[last].expand(len(x)), z)
+    x = torch.randn(len(z), head.target_channels, generator=seeded(seed)).to(z)
+    t = diffusion.timestep_map[last].to(z.device).expand(len(x))
+    output = head.net(x, t, z)
     return float(diffusion.p_mean_variance(output, x, last, clip).x0.abs().max())

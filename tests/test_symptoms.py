@@ -57,7 +57,7 @@ def test_all_follows_from_the_seed_and_nothing_else_is_touched():
         ({"ema_window": math.nan}, "ema_window is nan"),
         ({"latent_scale": 0.0}, "latent_scale is 0.0"),
         ({"latent_scale": math.inf}, "latent_scale is inf"),
-        ({"steps": 0}, "steps is 0; expected 1 or more"),
+        ({"steps": 0}, "max_steps is 0; expected more than 0"),
         ({"seed": -1}, "seed is -1"),
         ({"patch_size": 3}, "8 is not a multiple"),
     ],
