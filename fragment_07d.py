@@ -29,7 +29,8 @@ seed = int(os.environ.get("MAR_MINI_SEED", 0))
 # | `wide tokens` | the whole image is one token, with many numbers |
 #
 # `symptoms` trains a tiny MAR on digits 0 to 3, shrunk to 8x8 pixels, and makes any of these
-# mistakes by one argument. Here are all six, and one training without a mistake.
+# mistakes by one argument. Here are all six and a healthy training, without their names: each row
+# was asked for 0, 1, 2, 3, 0, 1 and so on.
 
 # %%
 small, small_labels = small_digits()
@@ -37,12 +38,6 @@ found = {
     state: symptoms(small, small_labels, **mistake, seed=seed)
     for state, mistake in tqdm(STATES.items(), unit="training")
 }
-
-# %% [markdown]
-# You get the pictures without their names: each row is one training, and was asked for 0, 1, 2, 3,
-# 0, 1 and so on.
-
-# %%
 shuffled = torch.randperm(7, generator=torch.Generator().manual_seed(3))
 letters = dict(zip("ABCDEFG", [list(STATES)[i] for i in shuffled], strict=True))
 rows = torch.cat([data.denormalise(found[state].samples[:12]) for state in letters.values()])
@@ -56,8 +51,8 @@ fig.show(fig.image_grid(rows, columns=12, titles=titles, alt=alt))
 # <details><summary>Answer</summary>
 #
 # A no positions, B latent scale, C leaking mask, D wide tokens, E healthy, F ema lag,
-# G unbounded x0. Most people find E, and G by its hard black and white. A, B, D and F are blobs and
-# noise of four causes, and four cures. A picture shows *that* something is wrong, hardly *what*.
+# G unbounded x0. Some have a look of their own, others are blobs and noise of different causes. A
+# picture shows *that* something is wrong, hardly *what*.
 #
 # </details>
 #
@@ -72,18 +67,16 @@ for field in fields(Evidence):
     print(f"{field.name:18}", *(f"{value:8.3g}" for value in values))
 
 # %% [markdown]
-# - `latent_std` is the spread of what the model is fed.
-# - `loss` is that of the trained weights, and `loss_average` that of the averaged ones, from which
-#   pictures are made.
-# - `loss_hidden` is `loss` again, for the same masks and noise, but hidden tokens are overwritten
-#   with zeros before the encoder sees them: as in sampling, they are really not there.
-# - `average_distance` says how far apart these two sets of weights are.
-# - `z_by_place` says how much z differs from place to place while nothing is known.
-# - `largest_x0` is the largest |x0| in the sampler's first step (t = 999). Like `sample_std`, the
-#   spread of the samples, it is a multiple of what the training images have. `outside` is the share
-#   of sampled values beyond the largest value in training.
-# - `recognised` is the share of samples taken for the class that was asked for (chance: a quarter),
-#   and `recognised_trained` the same without the average.
+# - `latent_std`: the spread of what the model is fed.
+# - `loss`: of the trained weights; `loss_average`: of the averaged ones, which make the pictures;
+#   `average_distance`: how far apart the two are.
+# - `loss_hidden`: as `loss`, same masks and noise, but hidden tokens are overwritten with zeros
+#   before the encoder sees them. As in sampling, they are really not there.
+# - `z_by_place`: how much z differs from place to place while nothing is known.
+# - `largest_x0`: in the sampler's first step (t = 999). Like `sample_std` a multiple of what the
+#   training images have. `outside`: share of sampled values beyond the largest in training.
+# - `recognised`: share of samples taken for the class that was asked for (chance: a quarter);
+#   `recognised_trained`: the same without the average.
 #
 # *Predict first:* of the trainings whose latents have the right scale, which has the lowest loss?
 
