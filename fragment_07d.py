@@ -51,8 +51,8 @@ fig.show(fig.image_grid(rows, columns=12, titles=titles, alt=alt))
 # <details><summary>Answer</summary>
 #
 # A no positions, B latent scale, C leaking mask, D wide tokens, E healthy, F ema lag,
-# G unbounded x0. Some have a look of their own, others are blobs and noise of different causes. A
-# picture shows *that* something is wrong, hardly *what*.
+# G unbounded x0. C is grey, F and G are hard noise of two causes, and A, B and D could each be a
+# healthy model that is too young. A picture shows *that* something is wrong, hardly *what*.
 #
 # </details>
 #
