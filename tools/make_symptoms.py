@@ -41,6 +41,7 @@ def main() -> None:
     rows = [row for row in rows if list(row["evidence"]) == names]
     there = {(row["arguments"], row["seed"]) for row in rows}
     latents, labels = small_digits()
+    order = [written(arguments) for _, arguments in CALLS]
     missing = [
         (seed, state, arguments)
         for seed in SEEDS
@@ -52,6 +53,7 @@ def main() -> None:
         rows.append(
             {"state": state, "arguments": written(arguments), "seed": seed, "evidence": evidence}
         )
+        rows.sort(key=lambda row: (row["seed"], order.index(row["arguments"])))
         text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
         write_atomically(FILE, lambda path, text=text: path.write_text(text, "utf-8"))
 
