@@ -1,7 +1,9 @@
 """The checks of chapter 10 refuse plausible mistakes, each by the name of its idea."""
 
 import math
+import operator
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,12 +35,18 @@ def matrices(d, ratio=4.0):
     [
         (matrices, "matrices alone"),
         (lambda d, r: matrices(d, r) + 4 * d, "no biases of the linear layers"),
-        (lambda d, r: block(d, r) - 4 * d, "leaves out the norms"),
-        (lambda d, r: block(d, r) - 2 * d, "there are two of them"),
+        (lambda d, r: block(d, r) - 4 * d, "leaves out the norms, or the biases of `qkv` and `pr"),
+        (lambda d, r: block(d, r) - 2 * d, "2 D for the norms, expected 4 D"),
         (lambda d, r: block(d, r) - linear(d, 3 * d) + linear(d, d), "one matrix for queries"),
         (lambda d, r: block(d, r) - 3 * d, "biases of `qkv`"),
         (lambda d, r: block(d, r) - linear(d, d), "leaves out `proj`"),
-        (lambda d, r: block(d, r) - d, "biases of `proj`"),
+        (lambda d, r: block(d, r) - d, "biases of `proj`, or those of `fc2`"),
+        (lambda d, r: block(d, r) - int(d * r), "leaves out the biases of `fc1`"),
+        (lambda d, r: block(d, r) - int(d * r) + d, "counts D biases for `fc1`"),
+        (lambda d, r: block(d, r) - linear(d, int(d * r)), "second layer of the MLP alone"),
+        (lambda d, r: block(d, round(d * r) / d), "rounds the width of the hidden layer"),
+        (lambda d, r: block(d, math.ceil(d * r) / d), "rounds the width of the hidden layer"),
+        (lambda d, r: int(4 * d * d + 9 * d + (2 * d + 1) * d * r), "cuts off at the end"),
         (lambda d, r: block(d, r) - 4 * linear(d, d), "leaves out the attention"),
         (lambda d, r: block(d, r) - linear(d, int(d * r)) - linear(int(d * r), d), "out the MLP"),
         (lambda d, r: block(d, r) - linear(int(d * r), d), "one layer of the MLP"),
@@ -46,12 +54,12 @@ def matrices(d, ratio=4.0):
         (lambda d, r: block(d, r) - int(d * r) - d, "biases of the MLP"),
         (lambda d, r: block(d, 1.0), "as wide as D"),
         (lambda d, r: block(d), "whatever `mlp_ratio` says"),
-        (lambda d, r: 12 * d * d, "matrices alone, 12 D"),
+        (lambda d, r: 12 * d * d, r"is 432, expected 393"),
         (lambda d, r: 2 * matrices(d, r), "counts FLOPs of a row"),
         (lambda d, r: 4 * block(d, r), "in bytes"),
         (lambda d, r: float(block(d, r)), "a whole number"),
         (lambda d, r: torch.tensor(block(d, r)), "is a tensor"),
-        (lambda d, r: block(d, r) + 1, r"is 511, expected 510"),
+        (lambda d, r: block(d, r) + 1, r"is 394, expected 393"),
     ],
 )
 def test_block_parameters(wrong, message):
@@ -116,9 +124,48 @@ def stops(count, image, memory_gb, batch, processes=1):
     return micro, times
 
 
+def sizes(keep, free=lambda x: x, fits=operator.le):
+    """A plan with the micro batches that `keep` lets pass, of a share."""
+
+    def plan(count, image, memory_gb, batch, processes=1):
+        share, left = batch // processes, free(1e9 * memory_gb - 22 * count)
+        found = [n for n in range(1, share + 1) if share % n == 0 and keep(n, share)]
+        micro = max((n for n in found if fits(n * image, left)), default=0)
+        return (micro, share // micro) if micro else (0, 0)
+
+    return plan
+
+
+def how_many(number):
+    """A plan with `number(free, image)` images at most."""
+
+    def plan(count, image, memory_gb, batch, processes=1):
+        share = batch // processes
+        micro = divisor(number(1e9 * memory_gb - 22 * count, image), share)
+        return (micro, share // micro) if micro else (0, 0)
+
+    return plan
+
+
+ACCOUNT = r"expected \(5, 5544\): state is 22 bytes a parameter, 5.5 of the 6 GB"
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        (sizes(lambda n, _: True, free=abs), r"1,000,000,000.*state alone overflows"),
+        (sizes(lambda n, _: n > 1), "leaves out a micro batch of one image"),
+        (sizes(lambda n, _: True, fits=operator.lt), "fits to the byte"),
+        (sizes(lambda n, share: n < share), "whole share as a single micro batch"),
+        (sizes(lambda n, _: n % 2 == 0 or n == 1), ACCOUNT),
+        (how_many(lambda free, image: round(free / image)), "rounds how many images fit"),
+        (how_many(lambda free, image: free // image - 1), "one image too few"),
+        (how_many(lambda free, image: free // (22 * image)), ACCOUNT),
+        (lambda c, i, m, b, p: planned(state=0)(c, i + 22 * c, m, b, p), "state for each image"),
+        (planned(gb=9e8), "keeps a tenth of the memory back"),
+        *[(planned(state=n), ACCOUNT) for n in (2, 12, 24, 26)],
+        *[(planned(state=n), "state is 22 bytes a parameter") for n in (21, 23)],
+        (lambda *a: (1, a[3] // a[4]), "where nothing fits, too"),
         (planned(state=0), "leaves out the state"),
         (planned(state=4), "weights alone as state"),
         (planned(state=8), "weights and gradients alone"),
@@ -131,12 +178,12 @@ def stops(count, image, memory_gb, batch, processes=1):
         (once, "for one image only"),
         (shared_state, "shares out the state"),
         (planned(whole=True), "micro batches of the whole batch"),
-        (planned(together=True), "a process computes its share alone"),
+        (planned(together=True), "counts the micro batches of the whole batch"),
         (any_size(math.floor), "rest of its images would be lost"),
         (any_size(math.ceil), "the last one would be smaller"),
         (powers, "powers of two alone"),
         (lambda *a: planned()(*a)[::-1], "wrong way round"),
-        (lambda c, i, m, b, p: (1, b // p), "smallest micro batch"),
+        (sizes(lambda n, _: n == 1), "smallest micro batch; the largest"),
         (lambda c, i, m, b, p: planned()(c, i, m / p, b, p), "shares out the memory"),
         (lambda c, i, m, b, p: planned()(c, i, m * p, b, p), "adds up memory"),
         (stops, r"no image fits, expected \(0, 0\)"),
@@ -219,6 +266,8 @@ def of_steps(change):
         (of_steps(lambda n, e, m, a, p: int(e) * n // (m * a * p)), "whole epochs alone"),
         (of_steps(lambda n, e, m, a, p: e * n // (m * a * p) * 1.0), "a float; expected"),
         (lambda m, a, p, **given: recipe(m, a, p, **given)[1], "expected three numbers"),
+        (lambda m, a, p, **given: recipe(m, a, p, **given)[::-1], "wrong way round"),
+        (of_rate(lambda m, a, p, blr: 1e-4 * m * a * p / 256), "whatever `blr` says"),
     ],
 )
 def test_scaled_recipe(wrong, message):
@@ -250,6 +299,22 @@ def test_right_solutions_pass():
     assert check.block_parameters(planning.block_parameters) is planning.block_parameters
     assert check.plan_run(planning.plan_run) is planning.plan_run
     assert check.scaled_recipe(configs.scaled_recipe) is configs.scaled_recipe
+
+
+def test_numbers_of_numpy_are_numbers():
+    def count(dim, mlp_ratio=4.0):
+        return np.int64(block(dim, mlp_ratio))
+
+    def plan(*run):
+        return tuple(map(np.int64, planned()(*run)))
+
+    def three(*sizes, images, epochs, blr=1e-4):
+        batch = np.prod(sizes)
+        return batch, np.float32(blr * batch / 256), np.int64(epochs * images) // batch
+
+    assert check.block_parameters(count) is count
+    assert check.plan_run(plan) is plan
+    assert check.scaled_recipe(three) is three
 
 
 def test_what_is_not_written_is_handed_on(monkeypatch, capsys):
