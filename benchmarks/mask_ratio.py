@@ -1,7 +1,7 @@
 """Which tokens to hide in training: small models of digits, alike but for their mask ratios.
 
     python benchmarks/mask_ratio.py                 about 6 minutes
-    python benchmarks/mask_ratio.py --seconds 1 --samples 100 --out /tmp/rehearsal.json
+    python benchmarks/mask_ratio.py --seconds 1 --samples 100 --out build/rehearsal.json
 
 Each training gets the same seconds of processor time on one thread, so that a model whose encoder
 reads more tokens makes fewer steps. Chapter 6 reads results/mask_ratio.json.
