@@ -87,6 +87,20 @@ def test_parts_of_a_bar_follow_each_other():
     assert placed == [(0.0, 1.0), (0.0, 0.0), (1.0, 2.0), (0.0, 3.0)]  # x of a and b, y of a and b
 
 
+def test_a_logarithmic_axis_has_dots_as_it_has_no_zero_for_bars():
+    (axes,) = fig.breakdown({"a": {"": 10.0}, "b": {"": 1e6}}, xlabel="FLOPs", log=True).axes
+    (dots,) = axes.lines
+    assert not axes.patches and dots.get_marker() == "o"
+    assert list(dots.get_xdata()) == [10.0, 1e6] and axes.get_xscale() == "log"
+
+
+def test_whole_steps_have_no_tick_between_two():
+    whole = fig.curves({"loss": (range(1, 19), range(18))}, xlabel="step", ylabel="loss").axes[0]
+    parts = fig.curves({"loss": ([0.5, 9, 18], [1, 2, 3])}, xlabel="t", ylabel="loss").axes[0]
+    assert all(tick == int(tick) for tick in whole.get_xticks())
+    assert any(tick != int(tick) for tick in parts.get_xticks())
+
+
 def test_error_bars_show_mean_and_spread_of_the_seeds():
     rows = [{"label": "one", "seeds": [1.0, 3.0]}, {"label": "two", "seeds": [5.0]}]
     (axes,) = fig.error_bars(rows, xlabel="runs", ylabel="distance", floor=0.5).axes

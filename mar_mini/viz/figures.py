@@ -229,7 +229,8 @@ def breakdown(
 ) -> Figure:
     """What some things are made of: a bar for each name, its parts one after the other.
 
-    log  a logarithmic axis, for bars of one part: parts add up on a plain axis only
+    log  a logarithmic axis, and dots: it has no zero that a bar could begin at, and parts do not
+         add up on it
     """
     names = list(dict.fromkeys(part for parts in rows.values() for part in parts))
     figure = new_figure(0.8 + 0.32 * len(rows), alt or f"{xlabel} of {', '.join(rows)}"
@@ -240,10 +241,15 @@ def breakdown(
         widths = [parts.get(name, 0.0) for parts in rows.values()]
         before = [sum(parts.get(n, 0.0) for n in names[: names.index(name)])
                   for parts in rows.values()]  # fmt: skip
-        axes.barh(range(len(rows)), widths, left=None if log else before, color=colour, label=name)
+        if log:
+            axes.plot(widths, range(len(rows)), "o", color=colour, label=name)
+        else:
+            axes.barh(range(len(rows)), widths, left=before, color=colour, label=name)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
     axes.set(xlabel=xlabel, xscale="log" if log else "linear")
+    if log:
+        axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if len(names) > 1:
         figure.legend(loc="outside upper center", ncols=min(len(names), 6), frameon=False,
@@ -274,6 +280,8 @@ def curves(
                                       strict=False):  # fmt: skip
         axes.plot(np.asarray(x), np.asarray(y), label=name, color=colour, linewidth=1.4)
     axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if logy else "linear")
+    if all(float(value).is_integer() for x, _ in lines.values() for value in x):
+        axes.xaxis.get_major_locator().set_params(integer=True)  # no tick between two steps
     axes.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1:
         axes.legend(frameon=False)
