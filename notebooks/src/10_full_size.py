@@ -96,7 +96,7 @@ print(f"mar_huge: {image:,.0f} times the FLOPs an image, {many:,.0f} times the i
 # (`tests/test_trees.py` compares line by line). A model needs no memory to be looked at: on
 # PyTorch's **meta device** a tensor has a shape and no values.
 #
-# *Predict first:* encoder, decoder, head, embeddings: which has the most parameters?
+# *Predict first:* which part has the most parameters?
 
 # %%
 printed = {"MAR": get_config("mar_large_12x1536").mar, "KL-16": get_config("kl16").vae}
@@ -421,15 +421,13 @@ print(f"a step took {took:.2f} s, by the formula {predicted:.2f} s: {predicted /
 # %% [markdown]
 # ## Published weights
 #
-# The authors published the weights of all three models. Are they on your disk? The next cell looks
-# into the Hugging Face cache.
+# The authors published the weights of all three models. Does your Hugging Face cache hold them?
 
 # %%
-found = [try_to_load_from_cache(published.REPOSITORY, published.FILES[name].name)
-         for name in ("mar_base", "kl16")]
-few = {"num_iter": 8, "num_sampling_steps": 25}
-if all(isinstance(path, str) for path in found):
-    drawn = load_published(found[0], vae=found[1]).generate([207], **few)
+at = [try_to_load_from_cache(published.REPOSITORY, published.FILES[name].name)
+      for name in ("mar_base", "kl16")]
+if all(isinstance(path, str) for path in at):
+    drawn = load_published(at[0], vae=at[1]).generate([207], num_iter=8, num_sampling_steps=25)
     fig.show(fig.image_grid(drawn, alt="Class 207, drawn by the published MAR-B"))
 else:
     print("Not here. This fetches 1.1 GB once, and draws a golden retriever, a lion, a macaw:\n"
@@ -521,8 +519,8 @@ print("one GPU, 32 images:     ", scaled_recipe(32, 1, 1, images=IMAGENET, epoch
 #
 # {{solution scaled_recipe}}
 #
-# The second line takes 64 times as many steps, each 64 times smaller. Your GPU need not decide that:
-# accumulate.
+# The second line takes 64 times as many steps, each 64 times smaller. Your GPU need not decide
+# that: accumulate.
 #
 # ## One process and two
 #
@@ -620,9 +618,9 @@ for name, mar in mars.items():
 # One run was made, a rehearsal of 14 minutes for the MAR on one core (commands:
 # [recipes](../recipes/README.md)). Below: its distance to real photographs (chapter 9; lower is
 # better; with these images and only 200 samples it does not compare with other chapters'), and its
-# **stored pictures**, made by that run and not now, each row from one seed. Last come stored
-# pictures of CIFAR-10: above when *it* had seen as many images, below at its end. *Predict first:*
-# is the 64-pixel model broken, or young?
+# **stored pictures**, made by that run and not now. Last come stored pictures of
+# CIFAR-10: above when *it* had seen as many images, below at its end. *Predict first:* is the
+# 64-pixel model broken, or young?
 
 # %%
 results = repo / "benchmarks/results/imagenette64"
@@ -693,14 +691,14 @@ assert max(shares) < 2 * min(shares) and min(shares) > 0.1
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# 15% to 23%, on two kinds of GPU. (Their code does more than counted: it computes the head's loss for
-# all tokens, then masks it.)
+# 15% to 23%, on two kinds of GPU. (Their code does more than counted: it computes the head's loss
+# for all tokens, then masks it.)
 #
 # </details>
 #
 # So the three models cost as follows on H100s (the price is an assumption). The paper's famous
-# numbers (Table 4) are of 800 epochs. In the cell after it, price a model of **your own**: there
-# stands MAR-B's width in 2 + 2 blocks, on a tenth of ImageNet.
+# numbers (Table 4) are of 800 epochs. Then price a model of **your own**; there stands MAR-B's
+# width in 2 + 2 blocks, on a tenth of ImageNet.
 
 # %%
 PEAK, PRICE = 989e12, 2.5  # FLOP/s (H100, bfloat16); dollars a GPU hour: yours to put in
@@ -731,13 +729,12 @@ print(f"on a GPU of {YOURS} GB: {plan_run(count, image, 0.9 * YOURS, 2048)}")
 # 1,130 to 1,760, the models of the famous numbers twice that, **if the first run is the one that
 # works**. Not counted: encoding (little if done once and cached, else 8 to 34% more), failed runs,
 # searching for settings, sampling 50,000 pictures to judge each. Nobody here has trained one of the
-# three. What a CPU can do is what this course trained: 142 minutes of one core. In between lies
-# *your* model, and you can price it before it starts (small ones reach less of the data sheet).
+# three. A CPU can do what this course trained: 142 minutes of one core. In between lies *your*
+# model, priced before it starts (small ones reach less of the data sheet).
 #
 # ## Going further
 #
-# 1. Halve MAR-B's `diffusion_batch_mul` (`replace` the config's `mar`) and ask
-#    `planning.training_flops` again. What is saved, and what may it cost (chapter 4)?
+# 1. Put `"diffusion_batch_mul": 2` into `MINE`. What is saved, and what may it cost (chapter 4)?
 # 2. Count the head's blocks as you counted the transformer's (`diffloss.ResBlock`).
 # 3. Train digits on as many images with batches of 16, 48 and 144 (`alone(batch, rate, steps)`), by
 #    the rule and by the root of the batch. Which loses less?
@@ -759,7 +756,7 @@ print(f"on a GPU of {YOURS} GB: {plan_run(count, image, 0.9 * YOURS, 2048)}")
 # | memory | `training_memory`, `activations`, `plan_run` | `planning` |
 # | effective batch, rate | `scaled_recipe` | `configs` |
 #
-# This is the last chapter. Everything in it is one command away: `mar-mini info mar_large` says
-# what a preset takes, [recipes](../recipes/README.md) start the runs,
+# This is the last chapter. `mar-mini info mar_large` says what a preset takes,
+# [recipes](../recipes/README.md) start the runs,
 # [scaling](../docs/scaling.md) has the tables for the large ones, and
 # [beyond](../docs/beyond.md) says what came after MAR.
