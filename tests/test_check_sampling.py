@@ -86,10 +86,11 @@ def not_flat(model, labels, tokens, mask, order, num_masked, cfg, **settings):
 
 def doubled_alone(model, labels, tokens, mask, order, num_masked, cfg, **settings):
     """Forgets to cut the doubled batch in two."""
-    now = mask & ~masking.mask_by_order(order, num_masked)
+    still = masking.mask_by_order(order, num_masked)
+    now = mask & ~still
     labels = torch.cat([labels, torch.full_like(labels, -1)])
     z = z_of(model, labels, *(torch.cat([x, x]) for x in (tokens, mask, now)))
-    return model.diffloss.sample(z.flatten(0, 1), cfg=cfg, **settings), now
+    return model.diffloss.sample(z.flatten(0, 1), cfg=cfg, **settings), still
 
 
 def known_too(tokens, now, drawn, order):
