@@ -85,6 +85,22 @@ class TrainingConfig:
     accumulate: int = 1
 
 
+def scaled_recipe(
+    micro_batch: int, accumulate: int, processes: int, *, images: int, epochs: float,
+    blr: float = 1e-4,
+) -> tuple[int, float, int]:  # fmt: skip
+    """Effective batch, learning rate and steps of a training (MAR section 4).
+
+    micro_batch  images that a process computes at a time
+    accumulate   micro batches whose gradients a process adds up before each step
+    processes    whose gradients are averaged before each step
+    images       of the data set, each of which is seen `epochs` times; whole steps only
+    blr          base learning rate: that of 256 images, to which the rate is in proportion
+    """
+    batch = micro_batch * accumulate * processes
+    return batch, blr * batch / 256, int(epochs * images) // batch
+
+
 def for_batch_size(training: TrainingConfig, batch_size: int) -> TrainingConfig:
     """The same recipe for another batch: as many images seen, the learning rate in proportion.
 
@@ -136,8 +152,9 @@ def transformer(width: int, depth: int, heads: int, **arguments) -> MARConfig:
 
 def published(name: str, mar: MARConfig | None, cfg: float = 1.0) -> Config:
     """A full-size preset: ImageNet at 256x256 in the latents of KL-16, the paper's recipe."""
+    batch, rate, steps = scaled_recipe(64, 1, 32, images=1_281_167, epochs=400)  # on 32 GPUs
     training = TrainingConfig(
-        batch_size=2048, max_steps=400 * 1_281_167 // 2048, warmup=0.25, decay="constant",
+        batch_size=batch, learning_rate=rate, max_steps=steps, warmup=0.25, decay="constant",
         ema_window=1.0, flip=True,
     )  # fmt: skip
     sampling = SamplingConfig(num_iter=256, cfg=cfg)

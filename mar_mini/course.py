@@ -117,14 +117,14 @@ def run_course(
     """
     import nbformat
 
-    folder = repo / "notebooks"
-    stems = pick_chapters((p.stem for p in _chapter_files(folder / "solutions")), chapters)
+    folder = repo / "notebooks" / "solutions"  # there a chapter finds the solved earlier ones
+    stems = pick_chapters((p.stem for p in _chapter_files(folder)), chapters)
     (build / "course").mkdir(parents=True, exist_ok=True)
     for stem in stems:
         path = build / "course" / f"{stem}.ipynb"
         run = ChapterRun(stem, path, BUDGETS.get(stem.split("_")[0]))
         yield run
-        notebook = nbformat.read(folder / "solutions" / f"{stem}.ipynb", as_version=4)
+        notebook = nbformat.read(folder / f"{stem}.ipynb", as_version=4)
         start, error = time.perf_counter(), None
         try:
             execute(notebook, folder, strict=True)

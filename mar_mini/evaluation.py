@@ -38,6 +38,19 @@ def recognised(
     return float((nearest_class(images, means) == asked.to(images.device)).double().mean())
 
 
+def class_accuracy(
+    taken: Int[Tensor, " N"], asked: Int[Tensor, " N"], classes: int
+) -> Float[Tensor, " K"]:
+    """For each class, the share of the images asked for as that class that are taken for it.
+
+    taken    (N,) what a classifier says of each image
+    asked    (N,) the class that was asked for, 0 to classes - 1
+    returns  (classes,) float64; not a number for a class that nobody asked for
+    """
+    right = torch.bincount(asked[taken == asked], minlength=classes)
+    return right.double() / torch.bincount(asked, minlength=classes)
+
+
 def frechet_distance(a: Float[Tensor, "N D"], b: Float[Tensor, "M D"]) -> float:
     """Distance of two clouds of features, each taken as a normal distribution (Heusel et al. 2017).
 
@@ -178,6 +191,27 @@ def bootstrap(
     )
     low, high = values.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2]).double())
     return float(low), float(high)
+
+
+def floor(
+    real: Float[Tensor, "P D"],
+    n: int,
+    m: int,
+    *,
+    distance: Callable[[Tensor, Tensor], float] = frechet_distance,
+    generator: torch.Generator | None = None,
+) -> float:
+    """What a distance of n images to m images comes to if all are real: two sets without overlap.
+
+    real      (P, D) features of real images, in any order; n + m of them are drawn
+    distance  (n, D), (m, D) -> number
+
+    Raises ValueError for fewer than n + m rows.
+    """
+    if len(real) < n + m:
+        raise ValueError(f"{len(real)} real images; expected {n} + {m} at least, all different")
+    order = torch.randperm(len(real), generator=generator)
+    return distance(real[order[:n]], real[order[n : n + m]])
 
 
 @dataclass(frozen=True)

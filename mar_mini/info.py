@@ -46,7 +46,7 @@ def describe(config: Config, use: Use) -> Iterator[str]:
     if config.vae:
         yield from tree("AutoencoderKL", found["autoencoder"], vae_parts(config.vae))
     if config.mar:
-        yield from training(config.mar, sum(found["mar"].values()), use)
+        yield from training(config, sum(found["mar"].values()), use)
         yield from sampling(config, use)
     else:
         side, size = config.vae.resolution, SIZES[use.dtype]
@@ -105,18 +105,32 @@ def si(number: float) -> str:
     return f"{number:.{digits}f} {' kMGTPEZ'[power].strip()}"
 
 
-def fitting(name: str, memory: Callable[[int], dict[str, float]], use: Use) -> Iterator[str]:
-    """One way to do it: its memory at that batch, and the batch that fits."""
+def fitting(
+    name: str, memory: Callable[[int], dict[str, float]], use: Use,
+    plan: Callable[[float], tuple[int, int]] | None = None,
+) -> Iterator[str]:  # fmt: skip
+    """One way to do it: its memory at that batch, and the batch that fits.
+
+    plan  from the bytes that an image needs to micro batches, `planning.plan_run`
+    """
     need = memory(use.batch_size)
     line = f"  {name:<34}{si(sum(need.values())) + 'B':>7}"
     if use.memory:
         most = planning.largest_batch(lambda batch: sum(memory(batch).values()), use.memory)
         line += f", batch {most} fits in {si(use.memory)}B"
+        work = sum(n for kind, n in need.items() if kind in ("activations", "at work"))
+        micro, accumulate = plan(work / use.batch_size) if plan else (0, 0)
+        if accumulate:
+            line += f" ({micro * accumulate} as {accumulate} x {micro})"
     yield f"{line}: {', '.join(f'{kind} {si(n)}B' for kind, n in need.items() if n)}"
 
 
-def training(mar: MARConfig, count: int, use: Use) -> Iterator[str]:
-    """A training step on latents: memory in four ways, work and time in the preset's own."""
+def training(config: Config, count: int, use: Use) -> Iterator[str]:
+    """A training step on latents: memory in four ways, work and time in the preset's own.
+
+    Behind the batch that fits: the preset's batch in micro batches, on one device.
+    """
+    mar = config.mar
     masked = costs.mean_mask_ratio(mar.mask_ratio_min) * costs.tokens_of(mar)
     yield (f"\na training step, {use.batch_size} images ({masked:.0f} of {costs.tokens_of(mar)} "
            "tokens masked)")  # fmt: skip
@@ -126,7 +140,11 @@ def training(mar: MARConfig, count: int, use: Use) -> Iterator[str]:
         for checkpointing in (False, True):
             way = replace(mar, grad_checkpointing=checkpointing)
             memory = partial(planning.training_memory, way, count=count, size=size, gpu=use.gpu)
-            yield from fitting(name + ", checkpointing" * checkpointing, memory, use)
+            plan = partial(
+                planning.plan_run, count, memory_gb=(use.memory or 0) / 1e9,
+                batch=config.training.batch_size, size=size,
+            )  # fmt: skip
+            yield from fitting(name + ", checkpointing" * checkpointing, memory, use, plan)
 
 
 def sampling(config: Config, use: Use) -> Iterator[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mar_mini.configs import PRESETS, Config, MARConfig, VAEConfig
-from mar_mini.costs import Work, sampling_work, token_width, tokens_of
+from mar_mini.costs import Work, sampling_work, token_width, tokens_of, total, training_work
 from mar_mini.diffloss import TimestepEmbedder
 from mar_mini.diffusion import NUM_TIMESTEPS, Diffusion
 from mar_mini.mar import MAR
@@ -18,6 +18,8 @@ from mar_mini.vae import AutoencoderKL
 
 SIZES = {"float32": 4, "bfloat16": 2}  # bytes of a value
 LOSS = 14  # values that the loss keeps for each value of a token
+# bytes that a parameter takes while it is trained: all of it float32, and AdamW has two moments
+STATE = {"weights": 4, "gradients": 4, "moments": 8, "average": 4}
 
 
 @cache
@@ -44,9 +46,26 @@ def count(*modules: nn.Module) -> int:
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
+def block_parameters(dim: int, mlp_ratio: float = 4.0) -> int:
+    """Parameters of a transformer block of that width: 12 D^2 + 13 D at the usual ratio of 4.
+
+    Into how many heads the width is cut makes no difference. See `transformer.Block`.
+    """
+    hidden = int(dim * mlp_ratio)
+    attention = (dim + 1) * 3 * dim + (dim + 1) * dim
+    return attention + (dim + 1) * hidden + (hidden + 1) * dim + 2 * 2 * dim
+
+
 def parameters(config: Config, model: str = "mar") -> int:
     """How many the MAR has, or the autoencoder; 0 if there is none."""
     return sum(parts(config).get(model, {}).values())
+
+
+def training_flops(config: Config) -> float:
+    """FLOPs of training on one image, or on its latents where the preset has an autoencoder."""
+    batch = config.training.batch_size
+    work = training_work(config.mar, batch, parameters=parameters(config))
+    return total(work).flops / batch
 
 
 def sampling_memory(
@@ -159,17 +178,37 @@ def training_memory(mar: MARConfig, batch: int, *, count: int, size: int = 4, gp
     hidden = max(mar.encoder_embed_dim, mar.decoder_embed_dim) * mar.mlp_ratio
     largest = max((mar.buffer_size + length) * hidden,
                   mar.diffusion_batch_mul * masked * 3 * mar.diffloss_w)  # fmt: skip
-    block_weights = max(12 * mar.decoder_embed_dim**2, 5 * mar.diffloss_w**2)
-    gathered = 2 * size * block_weights if shards > 1 else 0.0
+    one = block_parameters(mar.decoder_embed_dim, mar.mlp_ratio)
+    gathered = 2 * size * max(one, 5 * mar.diffloss_w**2) if shards > 1 else 0.0
+    state = {name: each * count / shards for name, each in STATE.items()}
     return {
-        "weights": 4 * count / shards + gathered,
-        "gradients": 4 * count / shards,
-        "moments": 8 * count / shards,
-        "average": 4 * count / shards,
+        **state,
+        "weights": state["weights"] + gathered,
         "bfloat16 copies": size * count if size < 4 and shards == 1 else 0.0,
         "activations": activations(mar, batch, size=size, gpu=gpu),
         "at work": 2 * size * batch * largest,
     }
+
+
+def plan_run(count: int, image: float, memory_gb: float, batch: int, processes: int = 1,
+             size: int = 2) -> tuple[int, int]:  # fmt: skip
+    """Images of a micro batch and micro batches a step, so that a training fits into a device.
+
+    count      parameters; their state is float32, and autocast adds copies of `size` bytes if that
+               is below 4
+    image      bytes that each image of a micro batch needs, activations above all
+    memory_gb  of each device, 10^9 bytes
+    batch      images of a step, of all processes together: a multiple of their number
+    processes  that share the batch, each with a whole model on a device of its own
+
+    Of the micro batches that divide a process's share the largest that fits; (0, 0) if not even
+    one image does.
+    """
+    copies = size if size < 4 else 0
+    free = 1e9 * memory_gb - (sum(STATE.values()) + copies) * count
+    share = batch // processes
+    fitting = [n for n in range(1, share + 1) if share % n == 0 and n * image <= free]
+    return (fitting[-1], share // fitting[-1]) if fitting else (0, 0)
 
 
 def largest_batch(memory: Callable[[int], float], limit: float) -> int:

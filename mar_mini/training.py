@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -33,6 +35,7 @@ from mar_mini.mar import MAR
 from mar_mini.vae import AutoencoderKL
 
 ALONE = Alone()
+T, R = TypeVar("T"), TypeVar("R")
 # (network, rows) -> scalars by name, `loss` among them: the means over some rows of a batch.
 # `network` is the model, or stands in for it
 Share = Callable[[nn.Module, slice], dict[str, Tensor]]
@@ -203,22 +206,10 @@ class Training(Iterator[Step]):
         start, config = time.perf_counter(), self.config
         self.model.train()
         rate = learning_rate(config, self.used)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        self.optimiser.zero_grad()
-        terms = self.backward()
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-        names, numbers = list(terms), [*terms.values(), self.processes.whole(grad_norm)]
-        numbers = self.processes.mean(torch.stack(numbers)).tolist()  # one wait for the device
-        grad_norm, terms = numbers[-1], dict(zip(names, numbers[:-1], strict=True))
-        if not (math.isfinite(terms["loss"]) and math.isfinite(grad_norm)):
-            raise FloatingPointError(
-                f"step {self.step + 1}: loss is {terms['loss']}, its gradient's norm {grad_norm}, "
-                f"at learning rate {rate:.2e}; lower the learning rate, or train in "
-                "precision='float32'"
-            )
-        self.optimiser.step()
-        self.ema.update_parameters(self.model)
+        terms, grad_norm = optimise(
+            self.model, self.optimiser, self.backward, self.ema.update_parameters, rate=rate,
+            grad_clip=config.grad_clip, accept=self.accept,
+        )  # fmt: skip
         self.step += 1
         self.seconds += time.perf_counter() - start
         if config.max_seconds is not None:  # the processes end in the same step
@@ -228,6 +219,26 @@ class Training(Iterator[Step]):
             self.step, terms["loss"], terms, rate, grad_norm, self.step * config.batch_size,
             self.seconds, self.used, self.model, self.ema.module,
         )  # fmt: skip
+
+    def accept(
+        self, terms: dict[str, Tensor], grad_norm: Tensor
+    ) -> tuple[dict[str, float], float]:
+        """What a step reports, means over the processes, if it may change the weights.
+
+        Raises FloatingPointError if the loss or its gradient is not finite.
+        """
+        names, numbers = list(terms), [*terms.values(), self.processes.whole(grad_norm)]
+        # one wait for the device
+        *values, norm = self.processes.mean(torch.stack(numbers)).tolist()
+        report = dict(zip(names, values, strict=True))
+        if not (math.isfinite(report["loss"]) and math.isfinite(norm)):
+            rate = self.optimiser.param_groups[0]["lr"]
+            raise FloatingPointError(
+                f"step {self.step + 1}: loss is {report['loss']}, its gradient's norm {norm}, "
+                f"at learning rate {rate:.2e}; lower the learning rate, or train in "
+                "precision='float32'"
+            )
+        return report, norm
 
     def backward(self) -> dict[str, Tensor]:
         """Gradients of the next step, micro batch by micro batch; the terms of this process."""
@@ -297,6 +308,61 @@ class Training(Iterator[Step]):
         self.used = progress(self.config, self.step, self.seconds) if self.step else 0.0
 
 
+def optimise(
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    backward: Callable[[], T],
+    average: Callable[[nn.Module], None],
+    *,
+    rate: float,
+    grad_clip: float,
+    accept: Callable[[T, Tensor], R],
+) -> R:
+    """One step: learning rate, gradients, clipping, new weights, their average.
+
+    backward   computes the gradients, and whatever `accept` wants to know of them
+    average    takes the new weights into an average
+    rate       the learning rate
+    grad_clip  largest norm of the gradient
+    accept     (what `backward` gave, norm of the gradient before clipping) -> what is returned;
+               where it raises, the weights stay as they were
+    """
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    optimiser.zero_grad()
+    given = backward()
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    report = accept(given, grad_norm)
+    optimiser.step()
+    average(model)
+    return report
+
+
+def training_step(
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    loss: Callable[[], Float[Tensor, ""]],
+    average: Callable[[nn.Module], None],
+    *,
+    rate: float,
+    grad_clip: float,
+) -> Float[Tensor, ""]:
+    """`optimise` for a loss that is computed in one go; returns the loss before the step.
+
+    loss  () -> scalar of a batch
+    """
+
+    def backward() -> Tensor:
+        value = loss()
+        value.backward()
+        return value.detach()
+
+    return optimise(
+        model, optimiser, backward, average, rate=rate, grad_clip=grad_clip,
+        accept=lambda value, _: value,
+    )  # fmt: skip
+
+
 def with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
@@ -359,12 +425,25 @@ def averaging(decay: float, window: float) -> Callable:
     exceeds `decay` (after the power function averages of Karras et al. 2024, section 3.1).
     """
 
-    @torch.no_grad()
-    def update(averaged, current, num_averaged) -> None:
-        keep = min(decay, 1 - 1 / (1 + window * float(num_averaged)))
-        torch._foreach_lerp_(averaged, current, 1 - keep)
+    return partial(ema_step, decay=decay, window=window)
 
-    return update
+
+@torch.no_grad()
+def ema_step(
+    averaged: list[Tensor],
+    current: list[Tensor],
+    num_averaged: float | Tensor,
+    *,
+    decay: float,
+    window: float,
+) -> None:
+    """Move averaged weights towards the current ones, in place; see `averaging`.
+
+    averaged, current  weights of two models, in the same order
+    num_averaged       how many steps were averaged before this one
+    """
+    keep = min(decay, 1 - 1 / (1 + window * float(num_averaged)))
+    torch._foreach_lerp_(averaged, current, 1 - keep)
 
 
 def autocast(precision: str, device: torch.device):

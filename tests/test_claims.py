@@ -44,7 +44,8 @@ assert True
 
 def chapter(repo, text, stem="01_seeds"):
     folder = repo / "notebooks" / "src"
-    folder.mkdir(parents=True, exist_ok=True)
+    for there in (folder, repo / "notebooks" / "solutions"):
+        there.mkdir(parents=True, exist_ok=True)
     (folder / f"{stem}.py").write_text(text)
 
 

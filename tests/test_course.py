@@ -59,7 +59,7 @@ def test_run_course_stops_at_a_chapter_that_fails(repo, monkeypatch):
     assert failed.budget == course.BUDGETS["02"] and not failed.over_budget
     assert (build / "samples.png").read_bytes() == base64.b64decode(picture(b"grid"))
     outputs = nbformat.read(build / "course" / "01_draw.ipynb", as_version=4).cells[0].outputs
-    assert outputs[1].text == "1 notebooks\n"
+    assert outputs[1].text == "1 solutions\n"
     assert nbformat.read(failed.path, as_version=4).cells[1].outputs[0].ename == "ZeroDivisionError"
     assert not (build / "course" / "03_after.ipynb").exists()
 

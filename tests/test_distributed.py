@@ -327,6 +327,15 @@ def test_the_learning_rate_follows_the_batch():
         configs.for_batch_size(published, 0)
 
 
+def test_the_effective_batch():
+    """All of micro batches times their number times processes makes one step."""
+    given = {"images": 1000, "epochs": 3}
+    assert configs.scaled_recipe(8, 2, 4, **given) == (64, pytest.approx(1e-4 / 4), 46)
+    assert configs.scaled_recipe(4, 8, 2, **given) == configs.scaled_recipe(8, 2, 4, **given)
+    batch, rate, _ = configs.scaled_recipe(256, 1, 1, images=1000, epochs=1.5, blr=3e-4)
+    assert (batch, rate) == (256, 3e-4)
+
+
 def tiny_preset(**changes) -> configs.Config:
     digits = configs.get_config("digits")
     training = replace(digits.training, max_steps=3, max_seconds=None, precision="float32")

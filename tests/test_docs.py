@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import json
 import re
 import subprocess
 import textwrap
@@ -180,7 +181,7 @@ def test_code_named_in_documents_exists(document):
     assert not [fault for fault in map(unknown_code, spans) if fault]
 
 
-@pytest.mark.parametrize("document", ["faq.md", "teaching.md"])
+@pytest.mark.parametrize("document", ["faq.md", "teaching.md", "beyond.md"])
 def test_code_that_looks_like_ours_exists(document):
     """In running text code is anything; of it, what is a file or begins with a module of ours."""
     text = re.sub(r"^```.*?^```", "", (REPO / "docs" / document).read_text(), flags=re.M | re.S)
@@ -194,6 +195,49 @@ def test_questions_have_links():
     sections = re.split(r"^## ", (REPO / "docs" / "faq.md").read_text(), flags=re.MULTILINE)[1:]
     assert len(sections) > 14
     assert not [text.splitlines()[0] for text in sections[:14] if "](" not in text]
+
+
+def rows_of_ideas() -> list[tuple[str, str]]:
+    """Of each idea that came after MAR, what of it is here and what was measured of it."""
+    text = (REPO / "docs" / "beyond.md").read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) > 12 and all(len(row) == 5 for row in rows)
+    return [(row[3], row[4]) for row in rows[1:]]
+
+
+MEASURED = {  # argument -> names in the results for CIFAR-10 and for digits
+    "num_sampling_steps": ("50 to 5 diffusion steps", "25 to 5 diffusion steps"),
+    "solver": ("dpm_solver, 10 steps", "dpm_solver, 10 steps"),
+    "guidance_interval": ("guidance from 1/4 known", "guidance from 1/4 known"),
+    "refresh_features": ("features each 4th iteration", "features each 4th iteration"),
+    "refresh_guidance": ("guidance each 4th iteration", "guidance each 4th iteration"),
+    "order": ("checkerboard order", None),
+}
+
+
+def test_ideas_after_mar_are_quoted_as_measured():
+    """If benchmarks were run again, the figures in docs/beyond.md want to be written again."""
+    results = REPO / "benchmarks" / "results"
+    cifar10 = json.loads((results / "cifar10.json").read_text())["rows"]
+    digits = json.loads((results / "quality.json").read_text())["rows"]
+    seen = set()
+    for here, measured in rows_of_ideas():
+        argument = re.search(r"`(\w+)=", here)
+        if argument is None:
+            assert not re.search(r"\d", measured), here
+            continue
+        assert argument[1] in inspect.signature(mar_mini.sampling.sample).parameters
+        if measured.startswith("not measured"):
+            continue
+        seen.add(argument[1])
+        in_cifar10, in_digits = MEASURED[argument[1]]
+        row = cifar10[in_cifar10]
+        times = cifar10["default"]["seconds"] / row["seconds"]
+        expected = f": {row['distance']:.0f}, {times:.1f}x"
+        if in_digits is not None:
+            expected += f"; digits: {digits[in_digits]['cost']:+.0%}"
+        assert re.sub(r"CIFAR-10| \([^)]*\)| \|$", "", measured) == expected
+    assert seen == set(MEASURED)
 
 
 def sentences(path: Path) -> str:
@@ -222,15 +266,15 @@ def quoted_messages() -> list[tuple[str, str]]:
 
 
 def test_checks_say_what_teachers_are_told():
-    checks, missing = REPO / "mar_mini" / "checks", []
-    stems = {path.stem[:2]: path.stem[3:] for path in chapters()}
-    said = {
-        number: sentences(checks / f"{stem}.py") + sentences(checks.parent / f"{stem}.py")
-        for number, stem in stems.items() if (checks / f"{stem}.py").exists()
-    }  # fmt: skip
+    said, missing = {}, []
+    for chapter in chapters():
+        modules = re.findall(r"^from mar_mini\.checks import (\w+)", chapter.read_text(), re.M)
+        paths = [REPO / "mar_mini" / "checks" / f"{name}.py" for name in modules]
+        paths.append(REPO / "mar_mini" / f"{chapter.stem[3:]}.py")
+        said[chapter.stem[:2]] = "".join(sentences(path) for path in paths if path.exists())
     assert "06" in said
     for number, quote in quoted_messages():
-        if f"{int(number):02d}" in said and quote not in said[f"{int(number):02d}"]:
+        if quote not in said[f"{int(number):02d}"]:
             missing.append(f"chapter {number}: {quote}")
     assert not missing
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from mar_mini.evaluation import (
     Reference,
     bootstrap,
+    class_accuracy,
+    floor,
     frechet_distance,
     judge,
     kernel_distance,
@@ -112,6 +114,25 @@ def test_bootstrap_covers_the_mean():
     assert 175 <= held <= 199
 
 
+def test_a_floor_is_of_two_sets_without_overlap_and_falls_with_their_size():
+    sets = []
+    floor(torch.arange(20.0)[:, None], 6, 9, distance=lambda *x: sets.append(x) or 0.0)
+    (a, b), *_ = sets
+    assert (len(a), len(b), len(torch.cat([a, b]).unique())) == (6, 9, 15)
+    everything = cloud(4000)
+    few, many = (floor(everything, n, n, generator=torch.Generator().manual_seed(0))
+                 for n in (50, 1000))  # fmt: skip
+    assert few > 10 * many
+    with pytest.raises(ValueError, match=r"20 real images; expected 12 \+ 9"):
+        floor(torch.zeros(20, 2), 12, 9)
+
+
+def test_class_accuracy_by_hand():
+    taken, asked = torch.tensor([0, 1, 1, 3, 0]), torch.tensor([0, 0, 1, 3, 3])
+    want = torch.tensor([0.5, 1.0, torch.nan, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(class_accuracy(taken, asked, 4), want, equal_nan=True)
+
+
 def labelled(n: int, seed: int = 0, shift: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Features of two classes whose means are 4 apart, and the classes."""
     labels = torch.arange(n) % 2
@@ -152,8 +173,8 @@ def test_frechet_distance_of_the_library():
 def test_judging_real_ones_gives_the_floor(reference):
     allowed = {"distance": 0.2, "KID": 0.25, "precision": 0.08, "recall": 0.08,
                "class found": 0.02, "nearest": 0.1}  # fmt: skip
-    for name, (value, floor) in judge(*labelled(500, seed=9), reference).items():
-        assert value == pytest.approx(floor, abs=allowed.pop(name)), name
+    for name, (value, real) in judge(*labelled(500, seed=9), reference).items():
+        assert value == pytest.approx(real, abs=allowed.pop(name)), name
     assert not allowed
     features, labels = labelled(500, seed=9, shift=0.5)
     shifted = judge(features, 1 - labels, reference)

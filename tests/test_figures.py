@@ -59,8 +59,10 @@ def test_every_figure_has_alternative_text_and_is_small(frames):
         fig.order_maps(order, 8, 8),
         fig.token_states([torch.ones(16, dtype=torch.bool)], 4, 4),
         fig.bars({"steps": [1, 2, 3]}, xlabel="step", ylabel="tokens"),
+        fig.breakdown({"a": {"x": 1.0, "y": 2.0}, "b": {"y": 3.0}}, xlabel="bytes"),
         fig.curves({"loss": ([1, 2], [3, 4])}, xlabel="step", ylabel="loss"),
         fig.error_bars([{"label": "patch 4", "seeds": [1, 2]}], xlabel="size", ylabel="distance"),
+        fig.ranking({"real": [1.0], "samples": [3.0]}, xlabel="distance"),
         fig.trade_off({"steps": [("10", 1.0, 2.0)]}, xlabel="seconds", ylabel="distance"),
     ]
     for figure in figures:
@@ -78,6 +80,13 @@ def test_filmstrip_keeps_the_first_and_the_last_frame(frames):
     assert [title for title in few if title] == ["step 1", "step 2", "step 3"]
 
 
+def test_parts_of_a_bar_follow_each_other():
+    rows = {"a": {"x": 1.0, "y": 2.0}, "b": {"y": 3.0}}
+    bars = fig.breakdown(rows, xlabel="bytes").axes[0].patches
+    placed = [(bar.get_x(), bar.get_width()) for bar in bars]
+    assert placed == [(0.0, 1.0), (0.0, 0.0), (1.0, 2.0), (0.0, 3.0)]  # x of a and b, y of a and b
+
+
 def test_error_bars_show_mean_and_spread_of_the_seeds():
     rows = [{"label": "one", "seeds": [1.0, 3.0]}, {"label": "two", "seeds": [5.0]}]
     (axes,) = fig.error_bars(rows, xlabel="runs", ylabel="distance", floor=0.5).axes
@@ -86,6 +95,19 @@ def test_error_bars_show_mean_and_spread_of_the_seeds():
     assert [c[0].get_ydata()[0] for c in axes.containers] == [2, 5]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["one", "two"]
     assert fig.TARGET in colours(axes.figure)
+
+
+def test_a_ranking_has_a_bar_for_each_series_of_a_row_and_the_first_on_top():
+    rows = {"cat": [0.5, 0.75], "dog": [0.25, 1.0]}
+    figure = fig.ranking(rows, xlabel="share", series=("real", "samples"), floor=0.1)
+    (axes,) = figure.axes
+    assert [[bar.get_width() for bar in bars] for bars in axes.containers] == [
+        [0.5, 0.25], [0.75, 1.0],
+    ]  # fmt: skip
+    assert axes.yaxis_inverted() and [t.get_text() for t in axes.get_yticklabels()] == list(rows)
+    assert [text.get_text() for text in axes.texts] == ["0.5", "0.25", "0.75", "1"]
+    assert [t.get_text() for t in figure.legends[0].texts] == ["floor", "real", "samples"]
+    assert figure.get_label() == "share: cat 0.5 and 0.75, dog 0.25 and 1"
 
 
 def test_a_trade_off_shows_each_point_its_bar_and_the_floor():

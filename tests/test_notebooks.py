@@ -318,9 +318,10 @@ def test_a_chapter_is_short_and_its_cells_too(source):
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     text = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     lengths = [sum(bool(line.strip()) for line in cell.split("\n")) for cell in code]
-    assert len(notebook.cells) <= 50
+    longer = source.stem.startswith("07")  # the chapter that puts all parts together
+    assert len(notebook.cells) <= (60 if longer else 50)
     assert statistics.median(lengths) <= 8
-    assert len(" ".join(text).split()) <= 2500
+    assert len(" ".join(text).split()) <= (3500 if longer else 2500)
     if not source.stem.startswith("00"):  # the tour has no exercises
         assert len(notebook.cells) >= 30
         cards = re.findall(r"(?m)^> \*\*Exercise \d\*\*.*minutes\n((?:>.*\n?)*)", "\n".join(text))

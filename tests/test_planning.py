@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mar_mini import MAR, AutoencoderKL, cli, generate, get_config
+from mar_mini import MAR, AutoencoderKL, cli, generate, get_config, transformer
 from mar_mini.checkpoints import untrained
 from mar_mini.configs import PRESETS, TrainingConfig, VAEConfig
 from mar_mini.costs import Work, sampling_work, total, training_work, vae_decode, vae_encode
@@ -23,11 +23,13 @@ from mar_mini.masking import mean_mask_ratio, sample_mask_ratio
 from mar_mini.planning import (
     activations,
     block_activations,
+    block_parameters,
     head_activations,
     largest_batch,
     largest_map,
     parameters,
     parts,
+    plan_run,
     plan_sampling,
     sampling_memory,
     training_memory,
@@ -78,6 +80,14 @@ def test_parts_of_a_head():
     assert parts(get_config("mar_base"))["mar"]["head"] == (
         time + (d + 1) * w + 17 * w + blocks + last
     )
+
+
+@pytest.mark.parametrize("mlp_ratio", [4.0, 2.5])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_parameters_of_a_block(heads, mlp_ratio):
+    block = transformer.Block(20, heads, mlp_ratio)
+    assert block_parameters(20, mlp_ratio) == sum(p.numel() for p in block.parameters())
+    assert block_parameters(768) == 12 * 768**2 + 13 * 768
 
 
 # FLOPs -------------------------------------------------------------------------------------------
@@ -298,7 +308,7 @@ def test_state_of_training():
     assert whole["bfloat16 copies"] == 0
     assert training_memory(mar, 1, count=count, size=2)["bfloat16 copies"] == 2 * count
     shared = training_memory(mar, 1, count=count, size=2, shards=8)
-    gathered = 2 * 2 * 12 * 768**2
+    gathered = 2 * 2 * (12 * 768**2 + 13 * 768)
     assert sum(shared[name] for name in state) == pytest.approx(20 * count / 8 + gathered)
 
     model = MAR(**asdict(MAR_))
@@ -326,6 +336,27 @@ def test_the_largest_map():
 @pytest.mark.parametrize("limit, expected", [(99, 0), (100, 1), (299, 2), (12_345, 123)])
 def test_the_largest_batch(limit, expected):
     assert largest_batch(lambda batch: 100 * batch, limit) == expected
+
+
+def test_a_plan_for_a_device():
+    """1 GB is 10^9 bytes; 22 bytes of state for 10^7 parameters leave 78 images of 10 MB."""
+    assert plan_run(10**7, 1e7, 1.0, 2048) == (64, 32)
+    assert plan_run(10**7, 1e7, 1.0, 2048, 32) == (64, 1)
+    assert plan_run(10**7, 1e7, 1.0, 240, 3) == (40, 2)
+    assert plan_run(10**7, 1e7, 1.0, 78) == (78, 1)
+    assert plan_run(10**7, 1e7, 0.2299, 2048) == (0, 0)
+    assert plan_run(10**7, 1e7, 1.0, 80) == (40, 2)
+    assert plan_run(10**7, 1e7, 1.0, 80, size=4) == (80, 1)  # no copies: 20 bytes of state
+
+
+def test_a_plan_takes_the_state_of_a_training():
+    """The same bytes as `training_memory`, and the largest batch that divides."""
+    mar, count = get_config("mar_base").mar, 207_924_768
+    need = training_memory(mar, 64, count=count, size=2)
+    image = (need["activations"] + need["at work"]) / 64
+    most = largest_batch(lambda n: sum(training_memory(mar, n, count=count, size=2).values()), 24e9)
+    micro, accumulate = plan_run(count, image, 24, 2048)
+    assert micro * accumulate == 2048 and micro <= most < 2 * micro
 
 
 # what a process was before it became this one counts in its ru_maxrss, so not that for the start
@@ -414,6 +445,15 @@ def test_every_preset_can_be_described(preset):
             assert f" {number:,}" in text, model
     assert ("a training step" in text) == ("sampling, " in text) == (config.mar is not None)
     assert "together" in text and " s\n" in text
+
+
+def test_the_report_plans_the_recipe():
+    """On one device of 24 GB the published batch has to be cut into micro batches."""
+    text = "\n".join(describe(get_config("mar_base"), Use(memory=24e9)))
+    plans = re.findall(r"batch (\d+) fits in 24.0 GB \(2048 as (\d+) x (\d+)\)", text)
+    assert len(plans) == 4
+    for most, accumulate, micro in (map(int, plan) for plan in plans):
+        assert accumulate * micro == 2048 and micro <= most
 
 
 def test_the_report_follows_the_use():

@@ -20,8 +20,13 @@ PREMISES = [
      "RADIUS, SPREAD, SHARE, LIMIT = 0.2"),
     ("05_transformer", "the rounding of float32", "return x + block.mlp.fc2(h)",
      "return block.mlp.fc2(h)"),
+    ("09_evaluation", "worse > better", "16 / 255 * noise", "4 / 255 * noise"),
     ("08_sampling", "largest difference to the package's tokens", "mask, order, left, cfg,",
      "mask, order, left, 1.0,"),
+    ("10_full_size", "each part has its own rows", "6 * parts[name][part] * rows[part] / 1e9",
+     "6 * parts[name][part] * 256 / 1e9"),
+    ("06_masking", "expected one step to lose more than 20 nats", "REACH = 4.0", "REACH = 0.1"),
+    ("07_mar", "of the way apart", "step_generator(seed, step)", "step_generator(seed, step + 1)"),
 ]  # fmt: skip
 
 
@@ -34,4 +39,4 @@ def test_without_its_premise_a_claim_is_red(stem, words, premise, without):
     assert len(at) == 1
     notebook.cells = notebook.cells[: at[0] + 1]
     with pytest.raises(CellFailed, match=f"cell {at[0]} .*AssertionError"):
-        execute(notebook, REPO / "notebooks", strict=True)
+        execute(notebook, REPO / "notebooks" / "solutions", strict=True)

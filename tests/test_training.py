@@ -2,6 +2,7 @@
 
 import math
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from golden_values import fill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from mar_mini import MAR, AutoencoderKL, train_mar, train_vae, training
 from mar_mini.configs import TrainingConfig
@@ -22,6 +24,7 @@ from mar_mini.training import (
     parameter_groups,
     progress,
     step_generator,
+    training_step,
 )
 
 SIZES = {
@@ -278,6 +281,28 @@ def test_averaging_against_a_loop_over_numbers(decay, window):
         want = [keep * w + (1 - keep) * v for w, v in zip(want, value, strict=True)]
         update(averaged, [torch.tensor(value[:1]), torch.tensor(value[1:])], torch.tensor(n))
         assert torch.cat(averaged).tolist() == pytest.approx(want)
+
+
+def test_a_training_step_is_that_of_a_training():
+    """Loss by loss the same weights and average as a whole training, from the function alone."""
+    config = changed(max_steps=4)
+    whole, model = build(), build().train()
+    states = list(train_mar(whole, LATENTS, LABELS, config, seed=3))
+    ema = AveragedModel(model, multi_avg_fn=averaging(config.ema_decay, config.ema_window))
+    groups = parameter_groups(model, config.weight_decay)
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    for step, state in enumerate(states):
+        picked = batch_indices(3, step, len(LATENTS), config.batch_size)
+        drawn = model.draw(len(picked), step_generator(3, step))
+        got = training_step(
+            model, optimiser, partial(model, LATENTS[picked], LABELS[picked], drawn=drawn),
+            ema.update_parameters, rate=learning_rate(config, step / 4),
+            grad_clip=config.grad_clip,
+        )  # fmt: skip
+        assert float(got) == pytest.approx(state.loss, rel=1e-5) and not got.requires_grad
+    for mine, theirs in ((model, whole), (ema.module, states[-1].ema)):
+        for name, x in weights(theirs).items():
+            torch.testing.assert_close(weights(mine)[name], x, rtol=1e-4, atol=1e-6)
 
 
 def test_the_averaged_model():

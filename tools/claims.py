@@ -92,7 +92,7 @@ def run_chapter(repo: Path, stem: str, seed: int) -> list[dict]:
     failure = None
     with seeded(seed):
         try:
-            execute(notebook, repo / "notebooks", strict=True)
+            execute(notebook, repo / "notebooks" / "solutions", strict=True)
         except CellFailed as error:
             if "DeadKernelError" in str(error):
                 raise

@@ -48,12 +48,6 @@ def table(*rows: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def flops_per_image(config: Config) -> float:
-    """Of a training step, on latents."""
-    work = costs.training_work(config.mar, BATCH, parameters=planning.parameters(config), size=2)
-    return costs.total(work).flops / BATCH
-
-
 def encoding_flops(config: Config) -> float:
     """Of turning one image into its latents."""
     return costs.vae_encode(config.vae, 1, config.vae.resolution, 2).flops
@@ -64,7 +58,7 @@ def compute() -> str:
     rows = [["preset", "parameters", "FLOPs an image", "FLOPs of 400 epochs", *shares]]
     for name in NAMES:
         config = get_config(name)
-        one = flops_per_image(config)
+        one = planning.training_flops(config)
         whole = one * IMAGES * EPOCHS
         hours = [f"{whole / (H100 * share) / 3600:,.0f}" for share in UTILISATIONS]
         rows.append([f"`{name}`", f"{planning.parameters(config):,}", si(one), si(whole), *hours])
@@ -84,7 +78,7 @@ def claims() -> str:
     config = get_config("mar_large")
     rows = [["claim", "GPUs", "hours", "GPU hours", "implied TFLOP/s a GPU", "share of its peak"]]
     for source, gpus, kind, peak, hours, cached in CLAIMS:
-        one = flops_per_image(config) + (0 if cached else encoding_flops(config))
+        one = planning.training_flops(config) + (0 if cached else encoding_flops(config))
         rate = one * IMAGES * EPOCHS / (gpus * hours * 3600)
         rows.append([source, f"{gpus} {kind}", f"{hours:.0f}", f"{gpus * hours:,.0f}",
                      f"{rate / 1e12:.0f}", f"{rate / peak:.0%}"])  # fmt: skip

@@ -1,9 +1,11 @@
 """Checks of chapter 6: masks, tokens per step, an order of one's own."""
 
 import math
+import random
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from mar_mini import masking
 from mar_mini.checks import Failed, equal, exercise, refuse_mistakes, same_dtype, same_shape
@@ -11,38 +13,72 @@ from mar_mini.checks import Failed, equal, exercise, refuse_mistakes, same_dtype
 
 @exercise(reference=masking.mask_by_order)
 def mask_by_order(candidate):
-    order = masking.random(4, 4, 5, torch.Generator().manual_seed(6))
-    for n in (12, 3, 1, 16, 0):
-        what, given = f"mask_by_order(order, {n})", order.clone()
-        mask = candidate(given, n)
-        same_shape(mask, order.shape, what)
-        same_dtype(mask, torch.bool, what)
-        if not torch.equal(order, given):
-            raise Failed(f"{what} changed the order it was given; write into a new tensor")
-        want = masking.mask_by_order(order, n)
-        mistakes = {
-            "masks everything: a slice that begins at -0 is the whole row": (
-                torch.ones_like(want) if n == 0 else want
-            ),
-            "masks the places of all rows in every row: each row has an order of its own, so index "
-            "row by row, as scatter does": want.any(0).expand_as(want),
-            "uses the first row's order for all rows": want[:1].expand_as(want),
-            "is upside down: True means masked, still to be predicted": ~want,
-            "masks the tokens whose turn comes first; the masked ones are at the order's end": (
-                masking.mask_by_order(order.flip(1), n)
-            ),
-            "masks the last places of the picture; mask those that the order's end names": (
-                torch.arange(16).expand(5, -1) >= 16 - n
-            ),
-            "compares entries of the order: they are places, their turn is where they stand": (
-                order >= 16 - n
-            ),
-        }
-        refuse_mistakes(mask, want, mistakes, what)
-        counts = mask.sum(1).tolist()
-        if counts != [n] * 5:
-            raise Failed(f"{what} masks {counts} tokens in the five rows, expected {n} in each")
-        equal(mask, want, what)
+    drawn = masking.random(3, 5, 4, torch.Generator().manual_seed(6))
+    for order in (drawn, masking.spiral(4, 4, 3)):  # the second: rows that share their memory
+        rows, length = order.shape
+        for n in (length - 4, 3, 1, length, 0):
+            what, given = f"mask_by_order(order, {n})", order.clone()
+            mask = _masked(candidate, order, n, what)
+            if not torch.equal(order, given):
+                raise Failed(f"{what} changed the order it was given; write into a new tensor")
+            _refuse_other_masks(mask, order, n, what)
+            counts = mask.sum(1).tolist()
+            if counts != [n] * rows:
+                raise Failed(
+                    f"{what} masks {counts} tokens in the {rows} rows, expected {n} in each: the "
+                    "columns L - num_masked to L - 1 are that many"
+                )
+            equal(mask, masking.mask_by_order(order, n), what)
+
+
+def _masked(candidate, order: Tensor, n: int, what: str) -> Tensor:
+    """What the candidate makes of an order, if it is a bool tensor of the right shape."""
+    try:
+        mask = candidate(order, n)
+    except RuntimeError as error:
+        if "single memory location" in str(error):
+            raise Failed(
+                f"{what} writes into the order, whose rows may share one piece of memory; write "
+                "into a new tensor"
+            ) from error
+        raise
+    length = order.shape[1]
+    if isinstance(mask, Tensor) and mask.shape in {(len(order), n), (len(order), length - n)}:
+        if mask.shape != order.shape:
+            raise Failed(
+                f"{what} has shape {tuple(mask.shape)}, expected {tuple(order.shape)}: a mask has "
+                "True or False for every place, it does not list places"
+            )
+    same_shape(mask, order.shape, what)
+    same_dtype(mask, torch.bool, what)
+    return mask
+
+
+def _refuse_other_masks(mask: Tensor, order: Tensor, n: int, what: str) -> None:
+    length, want = order.shape[1], masking.mask_by_order(order, n)
+    mistakes = {
+        "masks everything: a slice that begins at -0 is the whole row": (
+            torch.ones_like(want) if n == 0 else want
+        ),
+        "masks the places of all rows in every row: each row has an order of its own, so index "
+        "row by row, as scatter does": want.any(0).expand_as(want),
+        "uses the first row's order for all rows": want[:1].expand_as(want),
+        "uses the last row's order for all rows": want[-1:].expand_as(want),
+        "is upside down: True means masked, still to be predicted": ~want,
+        "masks the tokens whose turn comes first; the masked ones are at the order's end": (
+            masking.mask_by_order(order.flip(1), n)
+        ),
+        "masks the last places of the picture; mask those that the order's end names": (
+            torch.arange(length).expand_as(order) >= length - n
+        ),
+        "masks the first places of the picture; mask those that the order's end names": (
+            torch.arange(length).expand_as(order) < n
+        ),
+        "compares entries of the order: they are places, their turn is where they stand": (
+            order >= length - n
+        ),
+    }
+    refuse_mistakes(mask, want, mistakes, what)
 
 
 @exercise(reference=masking.tokens_per_step)
@@ -51,31 +87,16 @@ def tokens_per_step(candidate):
         what, got = f"tokens_per_step({length}, {num_iter})", candidate(length, num_iter)
         if not isinstance(got, (list, tuple)):
             raise Failed(f"{what} is a {type(got).__name__}, expected a list of int")
+        if any(isinstance(n, float) for n in got):
+            raise Failed(f"{what} has numbers with a point, expected int, as math.floor gives")
         want = masking.tokens_per_step(length, num_iter)
-        after, many = masking.masked_after(length, num_iter), "the number still masked"
-        mistakes = {
-            f"has {many} after each step, expected how many each step predicts": after,
-            f"has {many}, expected how many each step predicts": [length, *after],
-            "has the differences the wrong way round": [-n for n in want],
-            "takes many tokens first and few at the end; it is the share still masked that follows "
-            "the cosine": want[::-1],
-            "spreads the tokens evenly, expected the cosine schedule": (
-                masking.tokens_per_step(length, num_iter, "linear")
-            ),
-            "rounds what is left masked to the nearest; the formula rounds down": (
-                _cosine(length, num_iter, round)
-            ),
-            "rounds what is left masked up; the formula rounds down": (
-                _cosine(length, num_iter, math.ceil)
-            ),
-            "is one step late: m_1, with i = 1, is what is left after the first step": (
-                _cosine(length, num_iter, math.floor, late=1)
-            ),
-        }
-        refuse_mistakes(list(got), want, mistakes, what)
+        got = list(got)
+        refuse_mistakes(got, want, _other_schedules(length, num_iter, want), what)
+        if len(got) == num_iter - 1 and got == want[:-1]:
+            raise Failed(f"{what} leaves out the last step, which takes all that is left")
         if len(got) == num_iter and 0 in got:
             raise Failed(
-                f"{what} predicts no token in step {list(got).index(0) + 1}: what is left masked "
+                f"{what} predicts no token in step {got.index(0) + 1}: what is left masked "
                 "must fall by at least 1 in each step"
             )
         if len(got) == num_iter and sum(got) != length:
@@ -86,24 +107,156 @@ def tokens_per_step(candidate):
         equal(got, want, what)
 
 
-def _cosine(length: int, num_iter: int, whole, late: int = 0) -> list[int]:
-    """The schedule with another way to make whole numbers, or some steps late."""
+def _other_schedules(length: int, num_iter: int, want: list[int]) -> dict[str, list[int]]:
+    """What plausible mistakes give, by what to say of them."""
+    after, many = masking.masked_after(length, num_iter), "the number still masked"
+    quarter = math.pi / 2
+
+    def other(share, whole=math.floor) -> list[int]:
+        return _schedule(length, num_iter, share, whole)
+
+    def turn(u: float) -> float:
+        return math.cos(quarter * u)
+
+    parts = [math.floor(length * (turn(i / num_iter) - turn((i + 1) / num_iter)))
+             for i in range(num_iter)]  # fmt: skip
+    return {
+        f"has {many} after each step, expected how many each step predicts": after,
+        f"has {many}, expected how many each step predicts": [length, *after],
+        "has the number known after each step, expected how many each step predicts": (
+            [length - n for n in after]
+        ),
+        "has the differences the wrong way round": [-n for n in want],
+        "takes many tokens first and few at the end; it is the share still masked that follows "
+        "the cosine": want[::-1],
+        "lets the share still masked fall like 1 - sine: many tokens first. It follows the "
+        "cosine, which falls slowly at first": other(lambda u: 1 - math.sin(quarter * u)),
+        "spreads the tokens evenly, expected the cosine schedule": (
+            masking.tokens_per_step(length, num_iter, "linear")
+        ),
+        "squares the cosine, as the noise schedule of chapter 3 does; here it is the cosine "
+        "itself": other(lambda u: turn(u) ** 2),
+        "takes half a wave, down to cos(pi) = -1; a quarter, down to cos(pi / 2) = 0, is what the "
+        "formula says": other(lambda u: math.cos(math.pi * u)),
+        "gives the cosine degrees; math.cos takes radians": other(lambda u: math.cos(90 * u)),
+        "rounds what is left masked to the nearest; the formula rounds down": other(turn, round),
+        "rounds what is left masked up; the formula rounds down": other(turn, math.ceil),
+        "rounds each step's tokens by itself, and some get lost; round what is left masked, then "
+        "take differences": parts,
+        "is one step late: m_1, with i = 1, is what is left after the first step": (
+            other(lambda u: turn(u - 1 / num_iter))
+        ),
+        "is one step early: m_1, with i = 1, is what is left after the first step": (
+            other(lambda u: turn(u + 1 / num_iter))
+        ),
+        "reaches 0 one step too soon: the angle of step i is i / N of a quarter turn, not "
+        "i / (N - 1)": other(lambda u: turn(u * num_iter / max(1, num_iter - 1))),
+    }
+
+
+def _schedule(length: int, num_iter: int, share, whole) -> list[int]:
+    """Tokens per step where `share(i / N)` is still masked, made a whole number by `whole`."""
     masked = [length]
     for i in range(1, num_iter):
-        left = whole(length * math.cos(math.pi / 2 * (i - late) / num_iter))
-        masked.append(min(masked[-1] - 1, left))
+        masked.append(min(masked[-1] - 1, whole(length * share(i / num_iter))))
     return [before - after for before, after in pairwise([*masked, 0])]
 
 
 @exercise(reference=masking.centre_out)
 def my_order(candidate):
     """Any order will do that is one, but reading order, forwards or backwards."""
-    for height, width in ((4, 4), (8, 8), (3, 5)):
-        seeded = torch.Generator().manual_seed(1)
-        try:
-            order = masking.make_order(candidate, height, width, 3, seeded)
-        except ValueError as error:
-            raise Failed(f"for height {height}, width {width}: {error}") from error
-    for backwards in (False, True):
-        if torch.equal(order[0], order[0].sort(descending=backwards).values):
-            raise Failed("that is raster order, forwards or backwards; choose another")
+    state = random.getstate()
+    try:
+        _expect_order(candidate)
+    finally:
+        random.setstate(state)
+
+
+def _expect_order(candidate) -> None:
+    grids, reading = ((4, 4), (8, 8), (3, 5), (7, 2)), 0
+    for height, width in grids:
+        where = f"for height {height}, width {width}"
+        order = _permutations(candidate, height, width, 3, _seeded(1), where)
+        rows = order.sort(descending=bool(order[0, 0])).values
+        reading += torch.equal(order, rows)
+        _expect_generator_alone(candidate, height, width, where)
+    if reading == len(grids):
+        raise Failed("that is raster order, forwards or backwards; choose another")
+    try:
+        candidate(4, 4, 1, None)
+    except (AttributeError, TypeError) as error:
+        raise Failed(
+            "my_order(4, 4, 1, None) does not run: the generator may be None, then draw without"
+        ) from error
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _permutations(candidate, height, width, batch_size, generator, where) -> Tensor:
+    """What the candidate returns, if it is an order; else say what is wrong and why it may be."""
+    result = candidate(height, width, batch_size, generator)
+    length, why = height * width, ""
+    if isinstance(result, Tensor) and result.shape != (batch_size, length):
+        if result.shape == (length,):
+            why = "; one row for each image: order.expand(batch_size, -1)"
+        elif result.shape == (length, batch_size):
+            why = "; images are rows, turns are columns"
+        elif result.shape == (batch_size, height, width):
+            why = "; an order is a row of places, flatten the grid"
+    elif isinstance(result, Tensor) and (result.sort(1).values == torch.arange(length) + 1).all():
+        why = "; places are counted from 0"
+    elif isinstance(result, Tensor) and result.is_floating_point():
+        why = "; argsort turns numbers that say how late a place comes into an order"
+    try:
+        return masking.check_order(result, height, width, batch_size, "what my_order returned")
+    except ValueError as error:
+        raise Failed(f"{where}: {error}{why}") from error
+
+
+def _expect_generator_alone(candidate, height: int, width: int, where: str) -> None:
+    """Expect that an order depends on its arguments and the generator's state, on nothing else."""
+    first, end = _drawn(candidate, height, width, 1, 11, where)
+    again, _ = _drawn(candidate, height, width, 1, 11, where)
+    elsewhere, _ = _drawn(candidate, height, width, 1, 12, where)
+    _, other_end = _drawn(candidate, height, width, 2, 11, where)
+    if not torch.equal(first, again):
+        raise Failed(
+            f"{where}: two calls with generators of the same state give two orders; it must depend "
+            "on its arguments alone, so keep nothing between calls and draw from the generator only"
+        )
+    if not torch.equal(first, elsewhere):
+        raise Failed(
+            f"{where}: the order depends on Python's random module; draw from the generator that "
+            "it is given"
+        )
+    used = not torch.equal(end, _seeded(1).get_state())
+    if used and torch.equal(end, other_end):
+        raise Failed(
+            f"{where}: my_order sets the seed of the generator that it is given, so every batch "
+            "would get the same order; draw from the generator as it comes"
+        )
+    alone = _permutations(candidate, height, width, 1, _seeded(1), where)
+    if not used and not torch.equal(alone[0], first[0]):
+        raise Failed(
+            f"{where}: the first image has another order in a batch of 1 than in a batch of 3; an "
+            "order must not depend on how many images there are"
+        )
+
+
+def _drawn(candidate, height, width, seed: int, around: int, where: str) -> tuple[Tensor, Tensor]:
+    """An order and the state in which it leaves its generator; `around` seeds what is global."""
+    generator = _seeded(seed)
+    torch.manual_seed(around)  # the checkpoint puts torch's state back
+    random.seed(around)
+    before = torch.get_rng_state()
+    order = _permutations(candidate, height, width, 3, generator, where).clone()
+    if not torch.equal(before, torch.get_rng_state()):
+        used = not torch.equal(generator.get_state(), _seeded(seed).get_state())
+        raise Failed(
+            f"{where}: my_order draws from torch's global random state, or sets it"
+            + (" (and from the generator, too)" if used else "")
+            + "; draw from the generator that it is given: generator=generator, each time"
+        )
+    return order, generator.get_state()

@@ -224,6 +224,33 @@ def bars(counts: dict[str, Sequence[int]], *, xlabel: str, ylabel: str, alt: str
     return figure
 
 
+def breakdown(
+    rows: dict[str, dict[str, float]], *, xlabel: str, log: bool = False, alt: str = ""
+) -> Figure:
+    """What some things are made of: a bar for each name, its parts one after the other.
+
+    log  a logarithmic axis, for bars of one part: parts add up on a plain axis only
+    """
+    names = list(dict.fromkeys(part for parts in rows.values() for part in parts))
+    figure = new_figure(0.8 + 0.32 * len(rows), alt or f"{xlabel} of {', '.join(rows)}"
+                        + (f", by part: {', '.join(names)}" if len(names) > 1 else ""))  # fmt: skip
+    axes = figure.subplots()
+    colours = (KNOWN, PREDICTED, TARGET, "#CC79A7", "#56B4E9", "#7F7F7F", "#D55E00")
+    for name, colour in zip(names, colours, strict=False):
+        widths = [parts.get(name, 0.0) for parts in rows.values()]
+        before = [sum(parts.get(n, 0.0) for n in names[: names.index(name)])
+                  for parts in rows.values()]  # fmt: skip
+        axes.barh(range(len(rows)), widths, left=None if log else before, color=colour, label=name)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.set(xlabel=xlabel, xscale="log" if log else "linear")
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(names) > 1:
+        figure.legend(loc="outside upper center", ncols=min(len(names), 6), frameon=False,
+                      fontsize=8)  # fmt: skip
+    return figure
+
+
 def histogram(
     values: Sequence[float], *, xlabel: str, ylabel: str = "draws", alt: str = ""
 ) -> Figure:
@@ -283,6 +310,38 @@ def error_bars(
     return figure
 
 
+def ranking(
+    rows: dict[str, Sequence[float]], *, xlabel: str, series: Sequence[str] = ("",),
+    floor: float | None = None, alt: str = "",
+) -> Figure:  # fmt: skip
+    """Named bars that lie, the first on top: one of each series in every row, its value behind it.
+
+    floor   what the best possible would reach, as a dashed line
+    """
+    figure = new_figure(
+        0.6 + 0.2 * len(rows) * (len(series) + 0.4), alt or f"{xlabel}: "
+        + ", ".join(f"{name} {' and '.join(format(v, '.3g') for v in values)}"
+                    for name, values in rows.items()),
+    )  # fmt: skip
+    axes = figure.subplots()
+    thick = 0.8 / len(series)
+    for i, (name, colour) in enumerate(zip(series, (KNOWN, PREDICTED, TARGET), strict=False)):
+        values = [row[i] for row in rows.values()]
+        places = np.arange(len(rows)) - 0.4 + thick * (i + 0.5)
+        drawn = axes.barh(places, values, thick * 0.9, color=colour, label=name)
+        axes.bar_label(drawn, [format(v, ".3g") for v in values], padding=3, fontsize=8)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set_xlabel(xlabel)
+    if floor is not None:
+        axes.axvline(floor, color=TARGET, linestyle="--", linewidth=1, label="floor")
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(series) > 1 or floor is not None:
+        figure.legend(frameon=False, loc="outside upper right", ncols=3, fontsize=8)
+    return figure
+
+
 def trade_off(
     lines: dict[str, Sequence[tuple[str, float, float]]], *, xlabel: str, ylabel: str,
     error: float | None = None, floor: float | None = None, alt: str = "",
@@ -322,13 +381,14 @@ def trade_off(
 def planes(
     points: dict[str, Float[Tensor, "N 2"]], *, limit: float = 1.1, columns: int | None = None,
     density: Tensor | None = None, arrows: dict[str, Float[Tensor, "N 2"]] | None = None,
-    alt: str = "",
+    size: float = 3, alt: str = "",
 ) -> Figure:  # fmt: skip
     """Points (x, y) in named panels of -limit to limit, over a density, with arrows from them.
 
     density  (H, W), the target under every panel, rows from bottom to top; or (P, H, W), one for
              each panel
     columns  panels in a row, all of them by default
+    size     area of a dot
     """
     columns = min(columns or len(points), len(points))
     rows, cell = -(-len(points) // columns), WIDTH / max(columns, 3)
@@ -349,7 +409,7 @@ def planes(
             ax.quiver(x, y, u, v, color=KNOWN, angles="xy", width=0.008)
         else:
             alone = len(xy) <= 2
-            ax.scatter(x, y, s=60 if alone else 3, marker="X" if alone else "o", color=PREDICTED,
+            ax.scatter(x, y, s=60 if alone else size, marker="X" if alone else "o", color=PREDICTED,
                        alpha=1 if alone else 0.5, linewidths=0)  # fmt: skip
         ax.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
         ax.set_title(name, fontsize=9)
