@@ -249,7 +249,9 @@ def _try_step(candidate, model, labels, tokens, mask, order, num_masked, cfg, te
     if not torch.equal(new[~mask], tokens[~mask]):
         raise Failed(f"{what} changed tokens that were known; they stay to the bit")
     if seeded.get_state().equal(torch.Generator().manual_seed(1).get_state()):
-        raise Failed(f"{what} draws nothing from the generator in `settings`; hand these on to the head")
+        raise Failed(
+            f"{what} draws nothing from the generator in `settings`; hand these on to the head"
+        )
     if not torch.equal(global_state, torch.random.get_rng_state()):
         raise Failed(f"{what} draws from torch's global state; hand the generator to the head")
     plain, full = (filled(cond, uncond, weight=w)[now] for w in (0.0, 1.0))
