@@ -261,8 +261,9 @@ def grid(labels, settings, offset=1):
     fig.show(fig.image_grid(torch.cat(rows), columns=len(labels), row_titles=list(settings)))
 
 
-grid(classes, {f"linear {w}": {"cfg": w, "cfg_schedule": linear_cfg} for w in (1.0, 3.0, 4.5, 7.0)})
-grid(classes, {f"constant {w}": {"cfg": w, "cfg_schedule": "constant"} for w in (3.0, 4.5, 7.0)})
+weights = (1.0, 3.0, 4.5, 7.0)
+grid(classes, {f"linear {w:g}": {"cfg": w, "cfg_schedule": linear_cfg} for w in weights})
+grid(classes, {f"constant {w:g}": {"cfg": w, "cfg_schedule": "constant"} for w in weights[1:]})
 
 # %% [markdown]
 # <details><summary>Answer</summary>
@@ -517,10 +518,10 @@ assert kept and off < 0.01 and apart < others and 0 < max(moved) < 10
 #
 # ## Play with it
 #
-# In the **theatre** press *Generate*: change one knob at a time and keep the seed. Try guidance 1 and
-# 8, temperature 0 and 1.5, order `raster`, 1 step. In the **painter** brush over some tokens and
-# press *Fill the hole*; then ask for another class: a horse's hole, filled as a ship. *Widen by one
-# ring* gives the model room to hide the seam. (No widget here? Run the notebook.)
+# In the **theatre** press *Generate*: change one knob at a time and keep the seed. Try guidance 1
+# and 8, temperature 0 and 1.5, order `raster`, 1 step. In the **painter** brush over some tokens
+# and press *Fill the hole*; then ask for another class: a horse's hole, filled as a ship. *Widen by
+# one ring* gives the model room to hide the seam. (No widget here? Run the notebook.)
 
 # %%
 GenerationTheatre("cifar10", label=7, seed=3).run()
