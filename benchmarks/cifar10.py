@@ -44,6 +44,7 @@ OPTIONS = {
     "ddim, 25 steps": {"solver": "ddim", "num_sampling_steps": 25},
     "dpm_solver, 10 steps": {"solver": "dpm_solver", "num_sampling_steps": 10},
     "guidance from 1/4 known": {"guidance_interval": (0.25, 1.0)},
+    "guidance up to 1/4 known": {"guidance_interval": (0.0, 0.25)},
     "features each 4th iteration": {"refresh_features": 4},
     "guidance each 4th iteration": {"refresh_guidance": 4},
     "fast": FAST,

@@ -322,7 +322,8 @@ class DiffLoss(Head):
 
         z, z_uncond         (N, D) conditions with and without class; the second for guidance only
         cfg                 guidance weight; 1 = none
-        temperature         scale of the injected noise; 0 = none but the initial one
+        temperature         "ddpm": scale of the noise injected at each step, 0 = none but the
+                            initial one; the other two inject none: scale of the initial noise
         clip                bound on |x0|, for models trained on a small budget (see `diffusion`)
         num_sampling_steps  2 to 1000; the constructor's by default
         solver              "ddpm", or deterministic and in fewer steps "ddim", "dpm_solver"

@@ -89,7 +89,7 @@ def sample(
     num_iter            autoregressive steps, 1 to L (to the number of unknown tokens)
     cfg                 guidance weight; 1 = none. Without labels it has nothing to guide
     cfg_schedule        "linear", "constant", or (cfg, num_masked, length) -> weight of a step
-    temperature         scale of the noise that the diffusion injects
+    temperature         scale of the noise that DDPM injects; of the initial noise for the others
     num_sampling_steps  diffusion steps, 2 to 1000; the model's default if None. Two numbers: so
                         many for the first tokens, falling to so many for the last, which have
                         less to decide (DiSA, Zhao et al. 2025)

@@ -1,5 +1,6 @@
 """The checks of chapter 8 refuse plausible mistakes, each by the name of its idea."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -86,16 +87,78 @@ def not_flat(model, labels, tokens, mask, order, num_masked, cfg, **settings):
 
 def doubled_alone(model, labels, tokens, mask, order, num_masked, cfg, **settings):
     """Forgets to cut the doubled batch in two."""
-    now = mask & ~masking.mask_by_order(order, num_masked)
+    still = masking.mask_by_order(order, num_masked)
+    now = mask & ~still
     labels = torch.cat([labels, torch.full_like(labels, -1)])
     z = z_of(model, labels, *(torch.cat([x, x]) for x in (tokens, mask, now)))
-    return model.diffloss.sample(z.flatten(0, 1), cfg=cfg, **settings), now
+    return model.diffloss.sample(z.flatten(0, 1), cfg=cfg, **settings), still
 
 
 def known_too(tokens, now, drawn, order):
     """What was known is moved a little."""
     new = tokens.masked_scatter(now[..., None], drawn)
-    return torch.where(tokens != 0, new + 1e-3, new)
+    return torch.where(now[..., None], new, new + 1e-3)
+
+
+def added(tokens, now, drawn, order):
+    new = tokens.clone()
+    new[now] += drawn
+    return new
+
+
+def doubling(double=lambda x: torch.cat([x, x]), single=(), labels_of=None):
+    """A doubled batch, in which a test may change how each part is doubled."""
+
+    def step(model, labels, x, before, order, num_masked, cfg, **settings):
+        still = masking.mask_by_order(order, num_masked)
+        parts = {"x": x, "mask": before, "now": before & ~still}
+        none = torch.full_like(labels, -1)
+        y = torch.cat([labels, none]) if labels_of is None else labels_of(labels, none)
+        twice = {
+            name: part if name in single else double(part)
+            for name, part in parts.items()
+        }
+        z = z_of(model, y, twice["x"], twice["mask"], twice["now"])
+        z, z_uncond = z.flatten(0, 1).chunk(2)
+        drawn = model.diffloss.sample(z, z_uncond, cfg=cfg, **settings)
+        return x.masked_scatter(parts["now"][..., None], drawn), still
+
+    return step
+
+
+def each_at_once(x):
+    return x.repeat_interleave(2, 0)
+
+
+def of_length_16(model, labels, tokens, mask, order, num_masked, cfg, **settings):
+    still = torch.zeros_like(mask).scatter(1, order[:, 16 - num_masked :], True)
+    new, _ = sampling.one_step(model, labels, tokens, mask, order, num_masked, cfg, **settings)
+    return new, still
+
+
+def decoder_later(model, labels, tokens, mask, order, num_masked, cfg, **settings):
+    still = masking.mask_by_order(order, num_masked)
+    x = model.forward_encoder(tokens, mask, labels)
+    return model.forward_decoder(x, still, mask & ~still), still
+
+
+def by_keyword(model, labels, tokens, mask, order, num_masked, cfg, **settings):
+    return model.forward_encoder(tokens=tokens, mask=mask, labels=labels)
+
+
+def empty_without_class(model, labels, tokens, mask, order, num_masked, cfg, **settings):
+    still = masking.mask_by_order(order, num_masked)
+    now, none = mask & ~still, torch.full_like(labels, -1)
+    z = z_of(model, labels, tokens, mask, now).flatten(0, 1)
+    z_uncond = z_of(model, none, 0 * tokens, mask, now).flatten(0, 1)
+    drawn = model.diffloss.sample(z, z_uncond, cfg=cfg, **settings)
+    return tokens.masked_scatter(now[..., None], drawn), still
+
+
+def slightly_off(tokens, now, drawn, order):
+    new = tokens.masked_scatter(now[..., None], drawn)
+    new[1, now[1].nonzero()[0], 3] += 0.5
+    return new
 
 
 def mixed(z, z_uncond):
@@ -123,7 +186,7 @@ def first_places(now):
         (but(weight=lambda cfg: 1.0), "hand the head both z, and cfg"),
         (without_settings, "leaves out the settings"),
         (without_generator, "draws nothing from the generator"),
-        (generator_of_its_own, "draws nothing from the generator"),
+        (generator_of_its_own, "draws nothing from the generator in `settings`"),
         (but(under=lambda mask, still: still), "tokens to predict are known"),
         (but(seen=lambda tokens: 0 * tokens), "forgets what is known"),
         (but(wanted=first_places), "first places of the picture"),
@@ -133,6 +196,25 @@ def first_places(now):
         (but(put=lambda new, *_: new), "writes nothing"),
         (but(put=in_place), "changed the tokens it was given"),
         (but(put=known_too), "known; they stay to the bit"),
+        (but(put=added), "adds what was drawn to what stood there"),
+        (but(put=slightly_off), "of image 1 at place .* in channel 3, expected"),
+        (but(weight=lambda cfg: cfg + 1), "guides by 3; hand cfg on"),
+        (but(weight=lambda cfg: 4.5), "guides by 4.5; hand cfg on"),
+        (of_length_16, "mask of one_step .*in 6 of 27 places"),
+        (empty_without_class, "the tokens are the same in both"),
+        (doubling(each_at_once), "classes belong to other images"),
+        (
+            doubling(each_at_once, labels_of=lambda y, none: torch.stack([y, none], 1).flatten()),
+            "cuts them in the middle",
+        ),
+        (doubling(labels_of=lambda y, none: y), "encoder gets 6 rows, but of labels 3"),
+        (doubling(single=("x",)), "encoder gets 6 rows, but of tokens 3"),
+        (doubling(single=("mask",)), "encoder gets 6 rows, but of mask 3"),
+        (doubling(single=("x", "mask")), "encoder gets 6 rows, but of tokens and mask 3"),
+        (doubling(single=("now",)), "decoder gets 6 rows, but of wanted 3"),
+        (doubling(labels_of=lambda y, none: torch.cat([y, -torch.ones(3)])), "keeps the type"),
+        (decoder_later, "decoder gets another mask than the encoder"),
+        (by_keyword, "it calls them x, mask, labels"),
         (all_masked, "those alone whose turn it is"),
         (not_flat, "flatten the first two axes"),
         (doubled_alone, "lets the head draw 30 tokens, expected 15"),
@@ -168,6 +250,7 @@ def test_one_step(wrong, message):
         (lambda w, n, L: 1 + (w - 1) * (L - n + 1) / L, "one token too many"),
         (lambda w, n, L: 1 + (w - 1) * (L - n - 1) / L, "one step late"),
         (lambda w, n, L: round(1 + (w - 1) * (L - n) / L), r"linear_cfg\(3.0, 1, 16\) is 3"),
+        (lambda w, n, L: torch.tensor([1 + (w - 1) * (L - n) / L]), r"tensor of shape \(1,\)"),
         (lambda w, n, L: None, "NoneType, expected a number"),
     ],
 )
@@ -192,6 +275,14 @@ def changes_known(order, known):
     return new
 
 
+def unstable(order, known):
+    """What a sort may do that is not stable; torch's does it in rows of more than 16."""
+    if order.shape[1] <= 16:
+        return in_front(order, known)
+    new, count = in_front(order, known), int(known[0].sum())
+    return torch.cat([new[:, :count], new[:, count:].roll(3, 1)], 1)
+
+
 def not_a_permutation(order, known):
     new = in_front(order, known).clone()
     new[:, -1] = new[:, -2]
@@ -214,6 +305,7 @@ def not_a_permutation(order, known):
         (lambda o, k: in_front(o, k).float(), "has dtype torch.float32, expected torch.int64"),
         (changes_known, "changed the known it was given"),
         (not_a_permutation, "is not an order"),
+        (unstable, "loses the turns of the unknown places"),
     ],
 )
 def test_known_first(wrong, message):
@@ -246,6 +338,21 @@ def test_right_solutions_pass():
         new, count = masking.known_first(order, known), int(known[0].sum())
         return torch.cat([new[:, :count].sort(1).values, new[:, count:]], 1)
 
+    def nothing_where_masked(*given, **settings):
+        """What stands at places still masked is the learner's affair."""
+        new, still = sampling.one_step(*given, **settings)
+        return new.masked_fill(still[..., None], 0.0), still
+
+    def of_numpy(cfg, num_masked, length):
+        return np.float32(sampling.linear_cfg(cfg, num_masked, length))
+
+    def flat_split(order, known):
+        at = known.gather(1, order)
+        return torch.cat([order[at].view(len(order), -1), order[~at].view(len(order), -1)], 1)
+
+    assert check.one_step(nothing_where_masked) is nothing_where_masked
+    assert check.linear_cfg(of_numpy) is of_numpy
+    assert check.known_first(flat_split) is flat_split
     assert check.one_step(stepped) is stepped
     assert check.one_step(two_runs) is two_runs
     assert check.one_step(seldom_guided) is seldom_guided

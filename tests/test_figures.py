@@ -124,6 +124,12 @@ def test_a_ranking_has_a_bar_for_each_series_of_a_row_and_the_first_on_top():
     assert figure.get_label() == "share: cat 0.5 and 0.75, dog 0.25 and 1"
 
 
+def test_rows_of_a_grid_have_their_names_beside_them():
+    figure = fig.image_grid(torch.rand(6, 3, 8, 8), columns=3, row_titles=["few", "many"])
+    assert [ax.get_ylabel() for ax in figure.axes] == ["few", "", "", "many", "", ""]
+    assert "few, many" in figure.get_label() and pixels(figure).shape[1] <= 700
+
+
 def test_a_trade_off_shows_each_point_its_bar_and_the_floor():
     lines = {"a": [("few", 1.0, 9.0), ("many", 2.0, 5.0)], "b": [("other", 1.5, 7.0)]}
     figure = fig.trade_off(lines, xlabel="seconds", ylabel="distance", error=2.0, floor=1.0)

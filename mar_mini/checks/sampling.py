@@ -1,6 +1,7 @@
 """Checks of chapter 8: one step, the weight of guidance in it, places that are known already."""
 
 from itertools import product
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -49,12 +50,56 @@ class TraceHead(Head):
         return drawn + temperature * noise
 
 
-def _model() -> MAR:
-    """A tiny model with weights so large that all that comes in counts."""
+class TraceMAR(MAR):
+    """A model that says what does not fit together, before torch says it in numbers."""
+
+    def forward_encoder(self, x=None, mask=None, labels=None, **other):
+        if other:
+            raise Failed(
+                f"forward_encoder has no argument {next(iter(other))!r}; it calls them x, mask, "
+                "labels, in this order"
+            )
+        _fitting("the encoder", tokens=x, mask=mask, labels=labels)
+        if labels.is_floating_point():
+            raise Failed(
+                f"the labels for the encoder are {labels.dtype}, expected int64: "
+                "torch.full_like(labels, -1) keeps the type"
+            )
+        return super().forward_encoder(x, mask, labels)
+
+    def forward_decoder(self, x=None, mask=None, wanted=None):
+        given = {} if wanted is None else {"wanted": wanted}
+        _fitting("the decoder", x=x, mask=mask, **given)
+        known = x.shape[1] - self.buffer_size
+        if ((~mask).sum(1) != known).any():
+            raise Failed(
+                "the decoder gets another mask than the encoder did; both want the mask from "
+                "before this step"
+            )
+        return super().forward_decoder(x, mask, wanted)
+
+
+def _fitting(what: str, **given):
+    """Expect tensors with equally many rows."""
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise Failed(f"{what} wants a tensor as {name}, and got {type(x).__name__}")
+    rows = {name: len(x) for name, x in given.items()}
+    if len(set(rows.values())) > 1:
+        most = max(rows.values())
+        few = [name for name, n in rows.items() if n < most]
+        raise Failed(
+            f"{what} gets {most} rows, but of {' and '.join(few)} {rows[few[0]]}: in a doubled "
+            "batch all are doubled, in a single one none"
+        )
+
+
+def _model(side: int) -> MAR:
+    """A tiny model with weights so large that all that comes in counts; side x side tokens."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(8)
-        model = MAR(
-            img_size=16, vae_stride=1, patch_size=4, vae_embed_dim=1, class_num=4,
+        model = TraceMAR(
+            img_size=4 * side, vae_stride=1, patch_size=4, vae_embed_dim=1, class_num=4,
             encoder_embed_dim=16, encoder_depth=1, encoder_num_heads=2, decoder_embed_dim=16,
             decoder_depth=1, decoder_num_heads=2, buffer_size=2, diffloss_d=1, diffloss_w=16,
         )  # fmt: skip
@@ -65,31 +110,37 @@ def _model() -> MAR:
 
 
 def _states(model: MAR) -> list[tuple[Tensor, Tensor, Tensor, int, float, float]]:
-    """tokens, mask, order, num_masked, cfg, temperature: some steps, a first and a last one."""
+    """tokens, mask, order, num_masked, cfg, temperature: some steps, a first and a last one.
+
+    What stands at masked places is anything, since nobody may use it.
+    """
     seeded = torch.Generator().manual_seed(3)
     L, C = model.seq_len, model.token_embed_dim
-    given, states = torch.randn(3, L, C, generator=seeded), []
+    tokens, states = torch.randn(3, L, C, generator=seeded), []
     cases = ((11, 6, 2.0, 0.9), (L, 11, 3.0, 0.5), (6, 2, 1.5, 1.0), (5, 0, 4.0, 0.7),
              (9, 4, 1.0, 0.8))  # fmt: skip
     for masked, num_masked, cfg, temperature in cases:
-        order = masking.random(4, 4, 3, seeded)
+        if masked > L or num_masked >= L:
+            continue
+        order = masking.random(model.seq_h, model.seq_w, 3, seeded)
         mask = masking.mask_by_order(order, masked)
-        tokens = given.masked_fill(mask[..., None], 0.0)
         states.append((tokens, mask, order, num_masked, cfg, temperature))
     return states
 
 
 @exercise(reference=sampling.one_step)
 def one_step(candidate):
-    model, labels = _model(), torch.tensor([2, 0, 3])
+    labels = torch.tensor([2, 0, 3])
     with torch.no_grad():
-        for state in _states(model):
-            _try_step(candidate, model, labels, *state)
+        for side in (4, 3):
+            model = _model(side)
+            for state in _states(model):
+                _try_step(candidate, model, labels, *state)
 
 
 def _try_step(candidate, model, labels, tokens, mask, order, num_masked, cfg, temperature):
     before = int(mask[0].sum())
-    what = f"one_step with {before} tokens masked, then {num_masked}, at cfg {cfg:g}"
+    what = f"one_step ({before} tokens masked before, {num_masked} after, cfg {cfg:g})"
     given = {"labels": labels, "tokens": tokens, "mask": mask, "order": order}
     copies = {name: x.clone() for name, x in given.items()}
     seeded, model.diffloss.asked = torch.Generator().manual_seed(1), 0
@@ -120,10 +171,17 @@ def _try_step(candidate, model, labels, tokens, mask, order, num_masked, cfg, te
         x = model.forward_encoder(tokens, mask, labels)
         return model.forward_decoder(x, mask, wanted).flatten(0, 1)
 
-    def filled(z, z_uncond, scale=temperature):
+    def head(z, z_uncond, scale=temperature, weight=cfg):
         seeded = torch.Generator().manual_seed(1)
-        drawn = model.diffloss.sample(z, z_uncond, cfg=cfg, temperature=scale, generator=seeded)
-        return tokens.masked_scatter(now[..., None], drawn)
+        return model.diffloss.sample(z, z_uncond, cfg=weight, temperature=scale, generator=seeded)
+
+    def filled(z, z_uncond, **changed):
+        new = tokens.masked_scatter(now[..., None], head(z, z_uncond, **changed))
+        return new.masked_fill(still[..., None], 0.0)  # nobody uses what is masked
+
+    def doubled(classes, double):
+        rows = [double(x) for x in (tokens, mask, now)]
+        return filled(*z(classes, *rows).chunk(2))
 
     cond, uncond = z(), z(none)
     want = filled(cond, uncond)
@@ -131,7 +189,7 @@ def _try_step(candidate, model, labels, tokens, mask, order, num_masked, cfg, te
     rows = (len(labels), -1, width)
     turns = order[:, tokens.shape[1] - before :][:, : before - num_masked]
     index = turns[..., None].expand(-1, -1, tokens.shape[-1])
-    by_turn = tokens.scatter(1, index, want[now].reshape(len(labels), -1, tokens.shape[-1]))
+    by_turn = want.scatter(1, index, want[now].reshape(len(labels), -1, tokens.shape[-1]))
     one_way = cond.reshape(rows).transpose(0, 1).flatten(0, 1)
     first = now[:1].expand_as(now)
     head_of = torch.zeros_like(now)
@@ -155,6 +213,20 @@ def _try_step(candidate, model, labels, tokens, mask, order, num_masked, cfg, te
         "forgets what is known: encode the tokens so far, not empty ones": (
             filled(z(tokens=0 * tokens), z(none, tokens=0 * tokens))
         ),
+        "forgets what is known when it leaves out the class: the tokens are the same in both": (
+            filled(cond, z(none, tokens=0 * tokens))
+        ),
+        "doubles each image at once (repeat_interleave), but the labels one after the other: "
+        "classes belong to other images; torch.cat([x, x]) for all": doubled(
+            torch.cat([labels, none]), lambda x: x.repeat_interleave(2, 0)
+        ),
+        "has the rows with class and without in turn, and cuts them in the middle; put all with "
+        "class first": doubled(
+            torch.stack([labels, none], 1).flatten(), lambda x: x.repeat_interleave(2, 0)
+        ),
+        "adds what was drawn to what stood there; what stands at a masked place means nothing": (
+            want + tokens * now[..., None]
+        ),
         "takes z of the first places of the picture, expected of those whose turn it is": (
             filled(z(wanted=head_of), z(none, wanted=head_of))
         ),
@@ -167,18 +239,40 @@ def _try_step(candidate, model, labels, tokens, mask, order, num_masked, cfg, te
         "mixes up the images: the rows of z are image by image": filled(
             one_way, uncond.reshape(rows).transpose(0, 1).flatten(0, 1)
         ),
-        "writes nothing: put what was drawn into its places": tokens,
+        "writes nothing: put what was drawn into its places": (
+            tokens.masked_fill(still[..., None], 0.0)
+        ),
     }
     same_shape(new, want.shape, f"the tokens of {what}")
+    new = new.masked_fill(still[..., None], 0.0)
     refuse_mistakes(new, want, mistakes, what)
     if not torch.equal(new[~mask], tokens[~mask]):
         raise Failed(f"{what} changed tokens that were known; they stay to the bit")
     if seeded.get_state().equal(torch.Generator().manual_seed(1).get_state()):
-        raise Failed(f"{what} draws nothing from the generator; hand the settings on to the head")
+        raise Failed(
+            f"{what} draws nothing from the generator in `settings`; hand these on to the head"
+        )
     if not torch.equal(global_state, torch.random.get_rng_state()):
         raise Failed(f"{what} draws from torch's global state; hand the generator to the head")
-    close(new, want, f"the tokens of {what}")
+    plain, full = (filled(cond, uncond, weight=w)[now] for w in (0.0, 1.0))
+    weight = float(((new[now] - plain) * (full - plain)).sum() / (full - plain).square().sum())
+    if abs(weight - cfg) > 1e-3 and torch.allclose(
+        new[now], plain + weight * (full - plain), rtol=1e-3, atol=1e-4
+    ):
+        raise Failed(f"{what} guides by {weight:.3g}; hand cfg on to the head as it came")
+    _same_tokens(new, want, what)
     same_dtype(new, want.dtype, f"the tokens of {what}")
+
+
+def _same_tokens(got: Tensor, want: Tensor, what: str):
+    """Expect these tokens, close; the message says image, place and channel."""
+    wrong = (~torch.isclose(got.double(), want.double(), rtol=1e-4, atol=1e-5)).nonzero()
+    if len(wrong):
+        image, place, channel = at = tuple(wrong[0].tolist())
+        raise Failed(
+            f"{what} gives the token of image {image} at place {place} the value {got[at]:.5g} in "
+            f"channel {channel}, expected {want[at]:.5g} ({len(wrong)} of {want.numel()} are off)"
+        )
 
 
 def _or_none(make):
@@ -215,7 +309,9 @@ def linear_cfg(candidate):
             weight = candidate(w, n, L)
         except ZeroDivisionError as error:
             raise Failed(f"{what} divides by the number masked, expected by all") from error
-        if isinstance(weight, bool) or not isinstance(weight, (int, float, Tensor)):
+        if isinstance(weight, Tensor) and weight.dim():
+            raise Failed(f"{what} is a tensor of shape {tuple(weight.shape)}, expected a number")
+        if isinstance(weight, bool) or not isinstance(weight, (Real, Tensor)):
             raise Failed(f"{what} is of type {type(weight).__name__}, expected a number")
         got.append(float(weight))
     got = torch.tensor(got, dtype=torch.float64)
@@ -253,10 +349,14 @@ def linear_cfg(candidate):
         close(value, wanted, "linear_cfg({}, {}, {})".format(*case))
 
 
+# height, width, images, known places; a sort that is not stable shows in long rows only
+CASES = ((4, 4, 3, 6), (2, 3, 5, 1), (3, 5, 2, 14), (4, 4, 2, 0), (16, 16, 2, 100))
+
+
 @exercise(reference=masking.known_first)
 def known_first(candidate):
     seeded = torch.Generator().manual_seed(4)
-    for height, width, rows, count in ((4, 4, 3, 6), (2, 3, 5, 1), (3, 5, 2, 14), (4, 4, 2, 0)):
+    for height, width, rows, count in CASES:
         order = masking.random(height, width, rows, seeded)
         known = ~masking.mask_by_order(
             masking.random(height, width, rows, seeded), height * width - count
@@ -305,6 +405,13 @@ def known_first(candidate):
         # known places are never drawn: among themselves they may stand in any order
         got, want = _front_sorted(got, count), _front_sorted(want, count)
         refuse_mistakes(got, want, mistakes, what)
+        if len(order[0]) > 100 and torch.equal(got.sort(1).values, want.sort(1).values):
+            front = known.gather(1, got)[:, :count].all()
+            if front and not torch.equal(got, want):
+                raise Failed(
+                    f"{what} loses the turns of the unknown places; a sort keeps them if it is "
+                    "stable"
+                )
         if not torch.equal(got.sort(dim=1).values, order.sort(dim=1).values):
             raise Failed(f"{what} is not an order: each row must have each place once")
         equal(got, want, what)

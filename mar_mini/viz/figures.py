@@ -87,20 +87,29 @@ def image_grid(
     *,
     columns: int = 10,
     titles: Sequence[str] | None = None,
+    row_titles: Sequence[str] | None = None,
     alt: str = "",
 ) -> Figure:
-    """Pictures (N, C, H, W) in [0, 1], row by row; titles go over the first of them."""
+    """Pictures (N, C, H, W) in [0, 1], row by row; titles go over the first of them.
+
+    row_titles  what stands to the left of each row
+    """
     rows = -(-len(images) // columns)
-    cell = WIDTH / max(columns, 5)
-    text = alt or f"{len(images)} images in {rows} rows" + (
-        f", titled {', '.join(dict.fromkeys(titles))}" if titles else ""
+    aside = 0.2 + 0.065 * max(map(len, row_titles)) if row_titles else 0  # inches
+    cell = (WIDTH - aside) / max(columns, 5)
+    text = alt or f"{len(images)} images in {rows} rows" + "".join(
+        f", titled {', '.join(dict.fromkeys(names))}" for names in (titles, row_titles) if names
     )
     titled = -(-len(titles) // columns) if titles else 0
     heading = min(0.22 * cell, 0.2)  # inches; titles do not grow with the pictures
-    figure = new_figure(cell * rows + heading * titled, text, width=cell * columns)
+    figure = new_figure(cell * rows + heading * titled, text, width=cell * columns + aside)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for i, ax in enumerate(axes):
-        ax.axis("off")
+        ax.set(xticks=[], yticks=[])
+        ax.set_frame_on(False)
+        if row_titles and i % columns == 0:
+            name = row_titles[i // columns]
+            ax.set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
         if i < len(images):
             draw_image(ax, images[i])
             if titles and i < len(titles):
