@@ -108,8 +108,8 @@ assert worse > better
 #
 # ## Two bells
 #
-# Begin with one of the 112 numbers, that in which the samples are furthest off (noise is nearer in
-# it, though not over all): for each set its mean and its spread (standard deviation), drawn as the
+# Begin with one of the 112 numbers, that in which the samples are furthest off (in it
+# noise is nearer): for each set its mean and its spread (standard deviation), drawn as the
 # normal curve that has them.
 
 # %%
@@ -132,9 +132,9 @@ fig.show(fig.curves(lines, xlabel=f"feature {one}", ylabel="density", alt=alt))
 #
 # $$d = (m_1 - m_2)^2 + (s_1 - s_2)^2$$
 #
-# Let each point of one cloud walk to a point of the other, so that the mean of the squared distances
-# is least: for bells that mean is $d$. On a line the lowest then goes to the lowest, and so on: where
-# two ways cross, exchanging their ends makes the squares smaller. Test it.
+# Let each point of one cloud walk to a point of the other, so that the mean of the squared
+# distances is least: for bells that mean is $d$. On a line the lowest then goes to the lowest, and
+# so on: where two ways cross, exchanging their ends makes the squares smaller. Test it.
 
 # %% tags=["claim"]
 # on normal draws the formula is the mean of the squared distances, on features at most that
@@ -283,8 +283,8 @@ floor = check.floor(floor)
 #
 # Your floor at work. *Predict first:* two sets of as many real photographs. Ten times as many: how
 # does the floor change? And that of the **kernel distance** (KID, Bińkowski et al. 2018)? With a
-# kernel $(x \cdot y / D + 1)^3$ of two images' features it takes the mean over pairs within each set,
-# both added, less twice the mean over pairs across: a number in a unit of its own.
+# kernel $(x \cdot y / D + 1)^3$ of two images' features it takes the mean over pairs within each
+# set, both added, less twice the mean over pairs across: a number in a unit of its own.
 
 # %%
 def kernel_distance(a, b):
@@ -335,9 +335,9 @@ assert spread < 1.2 and abs(kid) < 3
 #
 # A tenth. Drawn over 1/n, the distance is a straight line: means and covariances of n images are
 # off by squares that go with 1/n, and the distance adds them up. Drawn on to the left edge, that is
-# to endlessly many images, the floor is 0 and the samples keep most of theirs. (So can a distance be
-# corrected: Chong & Forsyth 2020.) KID has no such bias: it is 0 on average at any number, but its
-# single values jump about at small ones.
+# to endlessly many images, the floor is 0 and the samples keep most of theirs. (So can a distance
+# be corrected: Chong & Forsyth 2020.) KID has no such bias: it is 0 on average at any number, but
+# its single values jump about at small ones.
 #
 # </details>
 #
@@ -472,15 +472,15 @@ assert pixels > 2 and block < 0.5
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# In pixels and in latents, by far. Coarse pixels cannot see the noise at all; to an early block, made
-# to find edges, nothing is as far off. Block 10 knows more of objects, and still knows noise as
-# something that photographs do not have. (A floor here is that of 500 against only 1,000
+# In pixels and in latents, by far. Coarse pixels cannot see the noise at all; to an early block,
+# made to find edges, nothing is as far off. Block 10 knows more of objects, and still knows noise
+# as something that photographs do not have. (A floor here is that of 500 against only 1,000
 # photographs; it is larger, so a set is fewer floors away than in the first table.)
 #
 # </details>
 #
-# So there is a distance for each kind of features: how far a set is off *in what these know of*. FID
-# is that of Inception, another network; no figure of this course can be compared with it.
+# So there is a distance for each kind of features: how far a set is off *in what these know of*.
+# FID is that of Inception, another network; no figure of this course can be compared with it.
 #
 # ## Why is my FID 60 instead of 3?
 #
@@ -544,8 +544,8 @@ assert control < 1.2 and bars[least_wrong][0] > 1.6
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The pixel range, by far; no picture shows it. Then nearest resizing: the eye forgives jagged edges,
-# the features do not. Too few images multiply it by more than five, as the floor does. Wrong
+# The pixel range, by far; no picture shows it. Then nearest resizing: the eye forgives jagged
+# edges, the features do not. Too few images multiply it by more than five, as the floor does. Wrong
 # statistics triple it, and the line above shows that it is *which* ones, not how many.
 #
 # </details>
@@ -578,7 +578,8 @@ panels = {"dots: samples, green: photographs": ("samples", "others"),
 green = [reached(grid, flat[cloud]).sqrt().view(120, 120) for _, cloud in panels.values()]
 points = {title: flat[dots] for title, (dots, _) in panels.items()}
 for title, (dots, cloud) in panels.items():
-    print(f"in this plane, {title}: {(reached(flat[dots], flat[cloud]) > 0).double().mean():.2f} inside")
+    inside = (reached(flat[dots], flat[cloud]) > 0).double().mean()
+    print(f"in this plane, {title}: {inside:.2f} of the dots on green")
 alt = "Samples lie right of the middle, mostly on green; a third of the photographs is outside it"
 fig.show(fig.planes(points, density=torch.stack(green) / 2, size=14, alt=alt))
 
@@ -599,17 +600,17 @@ print(f"margins: recall with noise {recall['with noise']:.3f} (claimed: below 0.
 assert max(recall["with noise"], recall["samples"]) < 0.1 and ratio > 3
 
 # %% [markdown]
-# In 112 dimensions recall is next to nothing: there are more directions to miss a cloud in. But look
-# at the noise: as various as photographs, and its recall is as low. So a low recall shows too little
-# variety only where the pictures are good. Moved back (each number given the photographs' mean and
-# spread) the noise gets most of it back, the samples little: they *are* too much alike. Why, no
-# number here says.
+# In 112 dimensions recall is next to nothing: there are more directions to miss a cloud in. But
+# look at the noise: as various as photographs, and its recall is as low. So a low recall shows too
+# little variety only where the pictures are good. Moved back (each number given the photographs'
+# mean and spread) the noise gets most of it back, the samples little: they *are* too much alike.
+# Why, no number here says.
 #
 # ## Does it copy?
 #
 # The best way to a small distance is to hand in photographs of the training set. *Predict first:*
 # which of our numbers would notice? Compare a copier, 1,000 training photographs, with the floor;
-# and look for the **nearest** training photograph of each sample.
+# and look for each sample's **nearest** training photograph.
 
 # %% tags=["claim"]
 # a copier gets the floor; the nearest training photograph gives it away, but not one with noise
@@ -720,26 +721,27 @@ for name, verdict in verdicts.items():
     print(f"{name:16} {accuracy[name].mean():.3f}, interval {low:.3f} to {high:.3f}")
 worse = (table[:, 1] < table[:, 0] - 0.1).nonzero().flatten().tolist()
 for k in worse:
-    counts = verdicts["samples"][0][asked == k].bincount(minlength=10)
-    print(f"asked for {pipeline.classes[k]}: {counts[k]} found, {counts.max()} of {counts.sum()} "
-          f"taken for {pipeline.classes[counts.argmax()]}")
+    counts = verdicts["samples"][0][asked == k].bincount(minlength=10).tolist()
+    right, instead = counts[k], max(set(range(10)) - {k}, key=counts.__getitem__)
+    print(f"of {sum(counts)} asked for as {pipeline.classes[k]}, {right} are taken for it and "
+          f"{counts[instead]} for {pipeline.classes[instead]}")
 print(f"margin: lower end for samples {low:.3f}, photographs {table[:, 0].mean():.3f}")
 assert low > table[:, 0].mean() and worse
 
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# On average more often than about photographs. The judge is wrong about three photographs in ten, so
-# a figure above that is not skill but exaggeration, of what the judge goes by. And the mean hides two
-# classes far below real: half of the dogs are taken for cats, a third of the automobiles for trucks.
-# Hence a share for each class, and that of real ones beside it.
+# On average more often than about photographs. The judge is wrong about three photographs in ten,
+# so a figure above that is not skill but exaggeration, of what the judge goes by. And the mean
+# hides two classes far below: half of the dogs are taken for cats, a third of the automobiles for
+# trucks. Hence a share for each class, and that of real ones beside it.
 #
 # </details>
 #
 # ## The model, judged
 #
-# All of it for the bundled model: 1,000 stored samples, and beside each figure that of as many drawn
-# test photographs.
+# All of it for the bundled model: 1,000 stored samples, and beside each figure that of as many
+# drawn test photographs.
 
 # %%
 verdict = evaluation.judge(seen["samples"], asked, reference, seed)
@@ -759,8 +761,9 @@ for name in ("real test images", "test images through the autoencoder", "default
 # %% [markdown]
 # The last rows were measured with 1,000 images each (`benchmarks/cifar10.py`). The model is some 30
 # floors from real. Its autoencoder is not to blame, it adds less than one. Nor is guidance: without
-# it the samples are further. It is far better than pixels drawn from one normal distribution for each
-# class. It was trained on little; the numbers say so, and so does your eye (look at the seams).
+# it the samples are further. It is far better than pixels drawn from one normal distribution for
+# each class. It was trained on little; the numbers say so, and so does your eye (look at the
+# seams).
 #
 # ## Going further
 #
