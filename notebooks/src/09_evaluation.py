@@ -150,7 +150,8 @@ a, b = torch.randn(2, 20_000, generator=generator) * torch.tensor([[1.0], [3.0]]
 ratio = bells_apart(a, b) / walked(a, b)
 a, b = seen["photographs"][:, one], seen["samples"][:500, one]
 bound = bells_apart(a, b) / walked(a, b)
-print(f"formula / walked: {ratio:.3f} on normal draws (claimed: 0.97 to 1), {bound:.3f} on features")
+print(f"formula / walked: {ratio:.3f} on normal draws (claimed: 0.97 to 1), {bound:.3f} on features"
+      " (at most 1)")
 assert 0.97 < ratio <= 1.0001 and bound <= 1.0001
 
 # %% [markdown]
@@ -394,7 +395,7 @@ bootstrap = check.bootstrap(bootstrap)
 # {{solution bootstrap}}
 #
 # Your bootstrap on the three distances. (To all 50,000 training images, whose mean and covariance
-# are stored: that is what published statistics are.) Look closely.
+# are stored: that is what published statistics are.)
 
 # %%
 def interval(x):
@@ -581,7 +582,7 @@ for title, (dots, cloud) in panels.items():
     inside = (reached(flat[dots], flat[cloud]) > 0).double().mean()
     print(f"in this plane, {title}: {inside:.2f} of the dots on green")
 alt = "Samples lie right of the middle, mostly on green; a third of the photographs is outside it"
-fig.show(fig.planes(points, density=torch.stack(green) / 2, size=14, alt=alt))
+fig.show(fig.planes(points, density=torch.stack(green), size=8, colour="black", alt=alt))
 
 # %% tags=["claim"]
 # moved clouds have a low recall, whatever their variety; moved back, only the samples' stays low
@@ -651,8 +652,8 @@ alt = "Ten samples, below each the nearest of 1,000 training photographs: alike,
 fig.show(fig.image_grid(pairs, titles=titles, alt=alt))
 
 # %% [markdown]
-# They share colours; none looks like a copy. (Searched were 11,000 of the 50,000 photographs that
-# the model was trained on.)
+# They share colours; none looks like a copy. Some photographs are near to many samples. (Searched
+# were 11,000 of the 50,000 photographs that the model was trained on.)
 #
 # ## What was asked for
 #
@@ -762,15 +763,14 @@ for name in ("real test images", "test images through the autoencoder", "default
 # The last rows were measured with 1,000 images each (`benchmarks/cifar10.py`). The model is some 30
 # floors from real. Its autoencoder is not to blame, it adds less than one. Nor is guidance: without
 # it the samples are further. It is far better than pixels drawn from one normal distribution for
-# each class. It was trained on little; the numbers say so, and so does your eye (look at the
-# seams).
+# each class. It was trained on little; the numbers say so, and so does your eye.
 #
 # ## Going further
 #
 # 1. The samples' line is drawn on from two points. How sure is its end at the left edge?
 # 2. Which mistake of the FID section does KID forgive?
 # 3. Mirror the photographs (`photos.flip(3)`) and exchange red and blue (`flip(1)`). Predict both.
-# 4. Open: which features would rank the three sets of the first picture as your eye does?
+# 4. Open: which features would rank the first three sets as your eye does?
 #
 # ## Recap
 #
