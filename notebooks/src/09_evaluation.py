@@ -619,8 +619,8 @@ copier = train[torch.randperm(len(train), generator=generator)[:1000]]
 least = sum(floor(real, 1000, 10_000, generator=generator) for _ in range(4)) / 4
 copied = frechet_distance(copier, train) / least
 print(f"margin: the copier's distance is {copied:.2f} floors (claimed: below 1.1)")
-noise = torch.randn(250, *others.shape[1:], generator=generator)
-copies = {"copier": copier, "with noise": look((others[:250] + 16 / 255 * noise).clamp(0, 1))[0],
+extra = torch.randn(250, *others.shape[1:], generator=generator)
+copies = {"copier": copier, "with noise": look((others[:250] + 16 / 255 * extra).clamp(0, 1))[0],
           "samples": seen["samples"], "test": test[:1000]}  # fmt: skip
 pool = torch.cat([train, seen["others"]])  # 11,000 training photographs
 for name, x in copies.items():
