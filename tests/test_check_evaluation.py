@@ -367,13 +367,26 @@ def by_multinomial(measure, n, *, rounds=100, level=0.95, generator=None):
     return ends(values, (1 - level) / 2, (1 + level) / 2)
 
 
+def by_whole_places(measure, n, *, rounds=100, level=0.95, generator=None):
+    """Leaves out whole values, of few rounds none."""
+    values = sorted(draws(measure, n, rounds, generator))
+    out = int(rounds * (1 - level) / 2)
+    return values[out], values[rounds - 1 - out]
+
+
+def by_sorted_rows(measure, n, **named):
+    return right_bootstrap(lambda rows: measure(rows.sort().values), n, **named)
+
+
 def as_array(*given, **named):
     return np.array(by_percentile(*given, **named))
 
 
 @pytest.mark.parametrize(
-    "way", [right_bootstrap, by_percentile, by_sorted_values, by_multinomial, as_array]
-)
+    "way",
+    [right_bootstrap, by_percentile, by_sorted_values, by_multinomial, by_whole_places,
+     by_sorted_rows, as_array],
+)  # fmt: skip
 def test_ways_of_writing_the_bootstrap(way):
     assert check.bootstrap(way) is way
 
