@@ -289,8 +289,7 @@ floor = check.floor(floor)
 
 # %%
 def kernel_distance(a, b):
-    # the mean of 4 times up to 1,000 images of each set
-    return evaluation.kernel_distance(a, b, subsets=4, generator=generator)[0]
+    return evaluation.kernel_distance(a, b, subsets=4, generator=generator)[0]  # 4 times 1,000
 
 
 real = torch.cat([train, test])  # 20,000 photographs
@@ -326,8 +325,7 @@ for n in sizes:
     kid = sum(kernel_floors[n]) / 4
     print(f"{n:5} images: floor {mean[n]:5.1f}, times n {n * mean[n]:7,.0f}; KID {kid:5.2f}, from "
           f"{min(kernel_floors[n]):5.2f} to {max(kernel_floors[n]):5.2f}")
-product = [n * mean[n] for n in sizes]
-spread = max(product) / min(product)
+spread = max(n * mean[n] for n in sizes) / min(n * mean[n] for n in sizes)
 print(f"margin: n times floor changes by a factor of {spread:.2f} (claimed: less than 1.2)")
 assert spread < 1.2 and abs(kid) < 3
 
@@ -356,12 +354,11 @@ assert spread < 1.2 and abs(kid) < 3
 
 # %%
 def bootstrap(measure, n, *, rounds=100, level=0.95, generator=None) -> tuple[float, float]:
-    """An interval for a measure of n images.
+    """Both ends of an interval for a measure of n images, the lower first.
 
     measure  a function: int64 (n,), which images -> a number
     rounds   how many draws
     level    the share of the values that lie inside, as much left out below as above
-    returns  both ends, the lower first
     """
     # BEGIN SOLUTION about 4 lines
     draws = [torch.randint(n, (n,), generator=generator) for _ in range(rounds)]
@@ -506,8 +503,7 @@ def jpeg(image, quality):
 # %%
 changed = {
     "JPEG, quality 75": torch.stack([jpeg(image, 75) for image in photos]),
-    "resized, bilinear": resize(photos, 24, "bilinear"),
-    "resized, nearest": resize(photos, 24, "nearest"),
+    **{f"resized, {mode}": resize(photos, 24, mode) for mode in ("bilinear", "nearest")},
     "edges cut off": F.interpolate(photos[..., 2:30, 2:30], (32, 32), mode="bilinear"),
 }
 rows = torch.stack([photos, *changed.values()], 1)[:3].flatten(0, 1)
@@ -701,10 +697,8 @@ class_accuracy = check.class_accuracy(class_accuracy)
 
 # %%
 judge = evaluation.linear_discriminant(train, reference.train_labels)
-verdicts = {
-    "test photographs": (judge(test), reference.test_labels),
-    "samples": (judge(seen["samples"]), asked),
-}
+verdicts = {"test photographs": (judge(test), reference.test_labels),
+            "samples": (judge(seen["samples"]), asked)}  # fmt: skip
 accuracy = {name: class_accuracy(*verdict, 10) for name, verdict in verdicts.items()}
 table = torch.stack(list(accuracy.values()), 1)  # (10, 2)
 bars = dict(zip(pipeline.classes, table.tolist(), strict=True))
