@@ -54,7 +54,11 @@ def by_singular_values(a, b):
     return parts(a, b)[0] + c.square().sum() + d.square().sum() - 2 * cross
 
 
-@pytest.mark.parametrize("way", [right, by_numpy, by_hand, by_singular_values])
+def of_numpy(a, b):
+    return np.float32(by_numpy(a, b))
+
+
+@pytest.mark.parametrize("way", [right, by_numpy, by_hand, by_singular_values, of_numpy])
 def test_ways_of_writing_the_distance(way):
     assert check.frechet_distance(way) is way
 
@@ -124,6 +128,18 @@ def in_float32(a, b):
     return (a.mean(0) - b.mean(0)).square().sum() + c.trace() + d.trace() - 2 * cross
 
 
+def double_too_late(a, b):
+    c, d = torch.cov(a.T).double(), torch.cov(b.T).double()
+    means = (a.mean(0) - b.mean(0)).double().square().sum()
+    return means + c.trace() + d.trace() - 2 * root_trace(c @ d)
+
+
+def of_one_half(means, c, d):
+    """eigvalsh looks at the lower half alone, and the product is not symmetric."""
+    cross = torch.linalg.eigvalsh(c @ d).clamp(min=0).sqrt().sum()
+    return means + c.trace() + d.trace() - 2 * cross
+
+
 def transposed(a, b):
     return parts(a, b)[0] + (torch.cov(a) @ torch.cov(b)).trace()
 
@@ -161,6 +177,11 @@ def in_place(a, b):
         (not_clamped, "clamp them at 0"),
         (still_complex, "take the real part"),
         (in_float32, r"begin with a\.double"),
+        (double_too_late, r"before a later double\(\) can help"),
+        (combined(of_one_half), "is not symmetric"),
+        (lambda a, b: None, "is None, expected a number"),
+        (lambda a, b: (right(a, b), 0), "is of type tuple, expected a number"),
+        (lambda a, b: complex(right(a, b)), "take the real part"),
         (transposed, r"shapes do not fit; `torch\.cov` wants a row"),
         (in_place, "changed a tensor it was given"),
     ],
@@ -196,7 +217,16 @@ def by_sorting(real, n, m, *, distance, generator=None):
     return distance(real[order[-n:]], real[order[: -n][:m]])
 
 
-@pytest.mark.parametrize("way", [right_floor, by_split, by_sorting])
+def by_what_is_left(real, n, m, *, distance, generator=None):
+    """Two draws, the second from what the first has left."""
+    first = torch.multinomial(torch.ones(len(real)), n, generator=generator)
+    left = torch.ones(len(real), dtype=torch.bool)
+    left[first] = False
+    rest = real[left]
+    return distance(real[first], rest[torch.randperm(len(rest), generator=generator)[:m]])
+
+
+@pytest.mark.parametrize("way", [right_floor, by_split, by_sorting, by_what_is_left])
 def test_ways_of_writing_the_floor(way):
     assert check.floor(way) is way
 
@@ -234,6 +264,25 @@ def unshuffled(real, n, m, *, distance, generator=None):
     return distance(real[:n], real[n : n + m])
 
 
+def of_the_first(real, n, m, *, distance, generator=None):
+    order = torch.randperm(n + m, generator=generator)
+    return distance(real[order[:n]], real[order[n:]])
+
+
+def cut_first(real, n, m, *, distance, generator=None):
+    return right_floor(real[: n + m], n, m, distance=distance, generator=generator)
+
+
+def rolled(real, n, m, *, distance, generator=None):
+    mixed = real.roll(int(torch.randint(len(real), (1,), generator=generator)), 0)
+    return distance(mixed[:n], mixed[n : n + m])
+
+
+def sorted_again(real, n, m, *, distance, generator=None):
+    order = torch.randperm(len(real), generator=generator)[: n + m].sort().values
+    return distance(real[order[:n]], real[order[n:]])
+
+
 def swapped(real, n, m, *, distance, generator=None):
     return distance(*dealt(real, n, m, generator)[::-1])
 
@@ -269,6 +318,12 @@ def rooted(real, n, m, *, distance, generator=None):
         (to_the_rest, "compares with all 18 that are left, expected 9"),
         (of_one_size, "makes two sets of 5"),
         (unshuffled, "takes the first rows in every draw"),
+        (of_the_first, "shuffles the first 14 rows alone"),
+        (cut_first, "shuffles the first 14 rows alone"),
+        (rolled, "a run of neighbours"),
+        (sorted_again, "image 22 never comes into the first set"),
+        (lambda *_, distance, generator: right_floor(*_, distance=distance, generator=generator)
+         and None, "is None, expected a number"),
         (swapped, "hands the 9 first"),
         (from_elsewhere, "torch's global random state"),
         (of_its_own, "draws the same for every generator"),
@@ -276,7 +331,7 @@ def rooted(real, n, m, *, distance, generator=None):
         (twice, "calls `distance` 2 times"),
         (rooted, "not what `distance` gave"),
     ],
-)
+)  # fmt: skip
 def test_floor(wrong, message):
     with pytest.raises(Failed, match=message):
         check.floor(wrong)
@@ -312,9 +367,26 @@ def by_multinomial(measure, n, *, rounds=100, level=0.95, generator=None):
     return ends(values, (1 - level) / 2, (1 + level) / 2)
 
 
+def by_whole_places(measure, n, *, rounds=100, level=0.95, generator=None):
+    """Leaves out whole values, of few rounds none."""
+    values = sorted(draws(measure, n, rounds, generator))
+    out = int(rounds * (1 - level) / 2)
+    return values[out], values[rounds - 1 - out]
+
+
+def by_sorted_rows(measure, n, **named):
+    return right_bootstrap(lambda rows: measure(rows.sort().values), n, **named)
+
+
+def as_array(*given, **named):
+    return np.array(by_percentile(*given, **named))
+
+
 @pytest.mark.parametrize(
-    "way", [right_bootstrap, by_percentile, by_sorted_values, by_multinomial]
-)
+    "way",
+    [right_bootstrap, by_percentile, by_sorted_values, by_multinomial, by_whole_places,
+     by_sorted_rows, as_array],
+)  # fmt: skip
 def test_ways_of_writing_the_bootstrap(way):
     assert check.bootstrap(way) is way
 
@@ -347,6 +419,21 @@ def too_few(measure, n, *, rounds=100, level=0.95, generator=None):
     return right_bootstrap(measure, n, rounds=20, level=level, generator=generator)
 
 
+def mirrored(measure, n, *, rounds=100, level=0.95, generator=None):
+    low, high = right_bootstrap(measure, n, rounds=rounds, level=level, generator=generator)
+    value = measure(torch.arange(n))
+    return 2 * value - high, 2 * value - low
+
+
+def with_the_original(measure, n, *, rounds=100, level=0.95, generator=None):
+    values = [measure(torch.arange(n)), *draws(measure, n, rounds - 1, generator)]
+    return ends(values, (1 - level) / 2, (1 + level) / 2)
+
+
+def with_the_first(n, generator):
+    return torch.cat([torch.tensor([0]), torch.randint(n, (n - 1,), generator=generator)])
+
+
 def error_of_the_mean(values, level):
     error = values.std() / len(values) ** 0.5
     return values.mean() - 2 * error, values.mean() + 2 * error
@@ -364,6 +451,9 @@ def error_of_the_mean(values, level):
         (drawing(lambda n, g: torch.randint(n, (n,), generator=torch.Generator().manual_seed(n))),
          "one draw again and again"),
         (one_draw, "one draw again and again"),
+        (drawing(with_the_first), "has image 0 in every draw"),
+        (with_the_original, "begins with all images in turn"),
+        (mirrored, "measures all 7 images besides the draws"),
         (too_few, "measures 20 draws, expected 41"),
         (lambda measure, n, **_: (0.0, 1.0), "never calls `measure`"),
         (ending(lambda v, p: tuple(ends(v.tolist(), (1 - p) / 2, (1 + p) / 2))[::-1]),
@@ -438,6 +528,14 @@ def overwrites(taken, asked, classes):
          "how often a class is taken"),
         (sorted_first, "sorts both first"),
         (lambda *x: 1 - by_loop(*x), "the share that is wrong"),
+        (lambda t, a, k: counted(t, a, k)[0] / (
+            torch.bincount(t, minlength=k) + torch.bincount(a, minlength=k)
+            - counted(t, a, k)[0]), "divides by those asked for or taken"),
+        (lambda t, a, k: 2 * counted(t, a, k)[0] / (
+            torch.bincount(t, minlength=k) + torch.bincount(a, minlength=k)),
+         "divides by the mean of how many"),
+        (lambda *x: by_loop(*x).sort().values, "in the wrong places"),
+        (lambda *x: by_loop(*x).nan_to_num().sqrt(), "is 0.57735, expected 0.33"),
         (zero_for_none, "nothing is known of it: nan"),
         (lambda t, a, k: by_loop(t, a, int(a.max()) + 1)[: k - 1], "has 3 shares, expected 5"),
         (lambda t, a, k: torch.bincount(a[t == a]) / torch.bincount(a, minlength=k),

@@ -1,7 +1,9 @@
 """Checks of chapter 9: the distance of two clouds, its floor, its interval, and the class found."""
 
 import re
+from numbers import Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,9 +28,12 @@ def _call(candidate, what: str, hint: str, *given: Tensor, **named: object) -> o
 
 def _number(got: object, what: str) -> Tensor:
     """A number, or a tensor that is one, as float64."""
-    if isinstance(got, Tensor) and got.is_complex():
+    if isinstance(got, complex) or (isinstance(got, Tensor) and got.is_complex()):
         raise Failed(f"{what} is complex: take the real part of the eigenvalues first")
-    got = torch.as_tensor(got) if isinstance(got, (int, float)) else got
+    if not isinstance(got, (Real, Tensor)):
+        kind = "None" if got is None else f"of type {type(got).__name__}"
+        raise Failed(f"{what} is {kind}, expected a number")
+    got = torch.as_tensor(float(got)) if isinstance(got, Real) else got
     same_shape(got, (), what)
     return got.detach().double()
 
@@ -86,6 +91,16 @@ def frechet_distance(candidate):
             f"{what} is {float(got):.4f}, expected {want:.4f}: in float32 small differences of "
             "large numbers are lost; begin with a.double(), b.double()"
         )
+    # whole numbers, which float32 still holds, though not their mean
+    far = 1e6 + (3 * large).round()
+    near = (far, far + (torch.arange(len(far)) % 8 == 0).float()[:, None])
+    what = "frechet_distance of two clouds far from 0"
+    want, got = evaluation.frechet_distance(*near), _number(candidate(*near), what)
+    if abs(float(got) - want) > 0.01 * want:
+        raise Failed(
+            f"{what} is {float(got):.4f}, expected {want:.4f}: means and covariances in float32 "
+            "are off before a later double() can help; begin with a.double(), b.double()"
+        )
 
 
 def _wrong_distances(a: Tensor, b: Tensor) -> dict[str, Tensor]:
@@ -131,6 +146,9 @@ def _wrong_distances(a: Tensor, b: Tensor) -> dict[str, Tensor]:
             torch.linalg.eigvalsh(cov_a).clamp(min=0).sqrt()
             - torch.linalg.eigvalsh(cov_b).clamp(min=0).sqrt()
         ).square().sum(),
+        "takes eigvalsh of the product, which is not symmetric: it looks at one half alone; take "
+        "eigvals": means + traces
+        - 2 * torch.linalg.eigvalsh(cov_a @ cov_b).clamp(min=0).sqrt().sum(),
         "divides the covariances by N; with N - 1, as torch.cov does, they are right on average": (
             means + biased_a.trace() + biased_b.trace() - 2 * _root_trace(biased_a @ biased_b)
         ),
@@ -166,6 +184,9 @@ def _same_state(call, what: str) -> None:
         )
 
 
+DRAWS = 60  # of a floor: an image that may come into a set comes in one of them, but for 1 in 10^6
+
+
 @exercise(reference=evaluation.floor)
 def floor(candidate):
     total = 23
@@ -177,7 +198,7 @@ def floor(candidate):
             drawn.append([x[:, 0].long().tolist() for x in (a, b)])
             return float(len(drawn)) + 0.25
 
-        for state in range(6):
+        for state in range(DRAWS):
             seeded = torch.Generator().manual_seed(state)
             got = _call(lambda x, n=n, m=m, **named: candidate(x, n, m, **named), what,
                         "take rows of `real`, n and m of them", real,
@@ -196,6 +217,7 @@ def floor(candidate):
             )
         if all(a == drawn[0][0] for a, _ in drawn):
             raise Failed(f"{what} draws the same for every generator: hand `generator` on")
+        _good_chances(drawn, n, m, total, what)
 
     def first_set(generator):
         kept = []
@@ -234,6 +256,29 @@ def _good_sets(a: list[int], b: list[int], n: int, m: int, total: int, what: str
         )
 
 
+def _good_chances(drawn: list[list[list[int]]], n: int, m: int, total: int, what: str) -> None:
+    """Expect that each image may come into each set, and not with its neighbours."""
+    if n + m < total and all(max(a + b) < n + m for a, b in drawn):
+        raise Failed(
+            f"{what} shuffles the first {n + m} rows alone: images sorted by class would be of one "
+            f"or two; shuffle all {total}"
+        )
+    runs = [all((j - i) % total == 1 for i, j in zip(x, x[1:], strict=False))
+            for pair in drawn for x in pair]  # fmt: skip
+    if all(runs):
+        raise Failed(
+            f"{what} takes a run of neighbours from a random row on: images sorted by class would "
+            "be of one or two; shuffle all rows"
+        )
+    for place, rows in zip(("first", "second"), zip(*drawn, strict=True), strict=True):
+        never = set(range(total)).difference(*rows)
+        if never:
+            raise Failed(
+                f"{what}: image {max(never)} never comes into the {place} set, in {len(drawn)} "
+                "draws; each image must be able to come into either"
+            )
+
+
 @exercise(reference=evaluation.bootstrap)
 def bootstrap(candidate):
     for n, rounds, level in ((7, 41, 0.9), (12, 25, 0.5), (400, 30, 0.95)):
@@ -249,6 +294,11 @@ def bootstrap(candidate):
         got = candidate(measure, n, rounds=rounds, level=level, generator=seeded)
         if not drawn:
             raise Failed(f"{what} never calls `measure`")
+        if len(drawn) == rounds + 1 and any(torch.equal(x, torch.arange(n)) for x in drawn):
+            raise Failed(
+                f"{what} measures all {n} images besides the draws; the interval asked for lies "
+                "between quantiles of what the draws give, neither moved to the value nor mirrored"
+            )
         if len(drawn) != rounds:
             raise Failed(f"{what} measures {len(drawn)} draws, expected {rounds}")
         _good_draws(drawn, n, what)
@@ -265,6 +315,7 @@ def bootstrap(candidate):
 
 
 def _pair(got: object, what: str) -> Tensor:
+    got = torch.from_numpy(got) if isinstance(got, np.ndarray) else got
     if isinstance(got, Tensor):
         same_shape(got, (2,), what)
         return got.double()
@@ -288,6 +339,11 @@ def _good_draws(drawn: list[Tensor], n: int, what: str) -> None:
             f"{what} draws without replacement: each draw is all images in another order, and any "
             "measure of a set gives the same; use torch.randint"
         )
+    if n > 10 and torch.equal(drawn[0], torch.arange(n)):  # a sorted draw of few may be that
+        raise Failed(f"{what} begins with all images in turn; every draw is with replacement")
+    always = [i for i in range(n) if all((rows == i).any() for rows in drawn)]
+    if always and n < 10:  # with many images and few draws one may be in all by chance
+        raise Failed(f"{what} has image {always[0]} in every draw; each image may be left out")
     missing = n - len(torch.cat(drawn).unique())
     if missing:
         raise Failed(
@@ -335,10 +391,10 @@ def _good_ends(got: Tensor, values: Tensor, at: Tensor, level: float, what: str)
         "gives mean and spread, expected both ends": torch.stack([mean, std]),
         "takes the differences from the mean off": want - mean,
     }
-    refuse_mistakes(got, want, mistakes, what)
     # quantiles between two values may be taken either way
     near = torch.stack([values.quantile(at, interpolation=i) for i in ("lower", "higher")])
     if not ((got >= near.amin(0) - 1e-6) & (got <= near.amax(0) + 1e-6)).all():
+        refuse_mistakes(got, want, mistakes, what)
         close(got, want, what)
 
 
@@ -388,16 +444,25 @@ def class_accuracy(candidate):
             "sorts both first; each image must be compared with what was asked of it": (
                 torch.bincount(asked.sort().values, in_turn, minlength=classes) / by_asked
             ),
+            "divides by those asked for or taken for it; divide by how many were asked for": (
+                right / (by_asked + by_taken - right)
+            ),
+            "divides by the mean of how many were asked for and taken for the class; divide by how "
+            "many were asked for": 2 * right / (by_asked + by_taken),
             "gives the share that is wrong": 1 - want,
             "rounds down to whole numbers: divide floats": right // by_asked.clamp(min=1),
         }
         nan = want.isnan()
         got = got.detach()
-        if nan.any() and got[nan].isfinite().any():
-            refuse_mistakes(got[~nan], want[~nan], {k: v[~nan] for k, v in mistakes.items()}, what)
+        refuse_mistakes(got[~nan], want[~nan], {k: v[~nan] for k, v in mistakes.items()}, what)
+        placed = torch.where(nan, want, got.double())
+        shares = [x.double().nan_to_num(2).sort().values for x in (got, want)]
+        if torch.allclose(*shares) and not torch.allclose(placed, want, equal_nan=True):
+            raise Failed(f"{what} has the right shares in the wrong places: class k is at place k")
+        close(placed, want, what)
+        known = nan & ~got.isnan()
+        if known.any():
             raise Failed(
-                f"{what} gives a class that nobody asked for {got[nan][0]:.3g}; nothing is known "
+                f"{what} gives a class that nobody asked for {got[known][0]:.3g}; nothing is known "
                 "of it: nan"
             )
-        refuse_mistakes(got[~nan], want[~nan], {k: v[~nan] for k, v in mistakes.items()}, what)
-        close(got, want, what)

@@ -398,7 +398,7 @@ def trade_off(
 def planes(
     points: dict[str, Float[Tensor, "N 2"]], *, limit: float = 1.1, columns: int | None = None,
     density: Tensor | None = None, arrows: dict[str, Float[Tensor, "N 2"]] | None = None,
-    size: float = 3, alt: str = "",
+    size: float = 3, colour: str = PREDICTED, alt: str = "",
 ) -> Figure:  # fmt: skip
     """Points (x, y) in named panels of -limit to limit, over a density, with arrows from them.
 
@@ -406,6 +406,7 @@ def planes(
              each panel
     columns  panels in a row, all of them by default
     size     area of a dot
+    colour   of the dots
     """
     columns = min(columns or len(points), len(points))
     rows, cell = -(-len(points) // columns), WIDTH / max(columns, 3)
@@ -426,7 +427,7 @@ def planes(
             ax.quiver(x, y, u, v, color=KNOWN, angles="xy", width=0.008)
         else:
             alone = len(xy) <= 2
-            ax.scatter(x, y, s=60 if alone else size, marker="X" if alone else "o", color=PREDICTED,
+            ax.scatter(x, y, s=60 if alone else size, marker="X" if alone else "o", color=colour,
                        alpha=1 if alone else 0.5, linewidths=0)  # fmt: skip
         ax.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
         ax.set_title(name, fontsize=9)
