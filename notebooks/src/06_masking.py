@@ -57,8 +57,8 @@ rows = torch.cat([photographs(n, num_sampling_steps=25) for n in (1, 4, 16)])
 fig.show(fig.image_grid(rows, alt="Photographs drawn in 1, 4 and 16 steps: the first are tiles"))
 
 # %% [markdown]
-# The first row falls into tiles that do not fit. One at a time they fit better, not perfectly. How
-# much is lost by predicting many at once, when is it little, and does the order matter?
+# The first row falls into tiles. One at a time they fit better, not perfectly. How much is lost by
+# predicting many at once, and does the order matter?
 #
 # ## Orders
 #
@@ -82,8 +82,7 @@ fig.show(fig.order_maps(orders, 8, 8))
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# In the spiral only. A random order is drawn for each image anew, and so are the fields within each
-# colour of the checkerboard.
+# In the spiral only. The other two draw lots for each image anew.
 #
 # </details>
 #
@@ -91,8 +90,8 @@ fig.show(fig.order_maps(orders, 8, 8))
 #
 # > **Exercise 1** · difficulty 1 of 3 · importance 3 of 3 · 8 minutes
 # >
-# > An order and a number of tokens still to be predicted make a mask: `True` = masked. Since the
-# > order runs first to last, it is the tokens whose turn comes **last** that are masked.
+# > An order and a number of tokens still to be predicted make a mask: `True` = masked. It is the
+# > tokens whose turn comes **last** that are masked.
 
 # %%
 def mask_by_order(order: torch.Tensor, num_masked: int) -> torch.Tensor:
@@ -114,7 +113,7 @@ mask_by_order = check.mask_by_order(mask_by_order)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# Which columns of `order` name the places that are still masked? The entries are *places*, their
+# Which columns of `order` name the masked places? The entries are *places*, their
 # column is the *turn*.
 #
 # </details>
@@ -133,8 +132,7 @@ mask_by_order = check.mask_by_order(mask_by_order)
 #
 # {{solution mask_by_order}}
 #
-# Your mask at work: the same order, with less and less hidden. Blue is known, grey is masked, and
-# orange is what has become known since the panel before.
+# Your mask at work. Blue is known, grey is masked, orange has become known since the panel before.
 
 # %%
 def show_masks(order, left, height, width):
@@ -184,7 +182,7 @@ tokens_per_step = check.tokens_per_step(tokens_per_step)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# First make the list of how many are still masked: $m_0 = L$, then $m_1 ... m_{N-1}$, then 0.
+# First make the list $m_0 = L$, then $m_1 ... m_{N-1}$, then 0.
 #
 # </details>
 #
@@ -222,8 +220,8 @@ fig.show(
 #
 # ## What the encoder sees at each moment
 #
-# Put the two together and you have the time line of a generation. Here it is for 16 tokens in six
-# steps and the Halton order: the beginning, then the state after each step.
+# Both together are the time line of a generation. Here for 16 tokens in six steps and the Halton
+# order: the beginning, then the state after each step.
 
 # %%
 def masked_before(length, counts):
@@ -236,16 +234,15 @@ show_masks(halton, masked_before(16, tokens_per_step(16, 6)), 4, 4)
 
 # %% [markdown]
 # In each step the encoder sees the blue and orange fields of the panel before it; in the first step
-# none, only the class. So its work grows from step to step. The decoder always runs over all 16
-# places, to ask at every masked one: what belongs here?
+# none, only the class. So its work grows. The decoder always runs over all 16 places.
 #
 # ## An order of your own
 #
 # > **Exercise 3** · difficulty 2 of 3 · importance 2 of 3 · 10 minutes
 # >
-# > Write any order you like, on a grid of any size: columns from the middle, diagonals, a knight's
-# > tour, one that draws lots. Each place must come exactly once, and reading order, forwards or
-# > backwards, is taken. Lots are drawn from `generator` alone.
+# > Write any order you like, on a grid of any size: columns from the middle, diagonals, one that
+# > draws lots (from `generator` alone). Each place must come exactly once, and reading order, forwards
+# > or backwards, is taken.
 
 # %%
 def my_order(
@@ -267,8 +264,7 @@ my_order = check.my_order(my_order)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# Give each place a number that says how late it comes, then `argsort`: the place with the smallest
-# number stands first.
+# Give each place a number that says how late it comes, then `argsort`.
 #
 # </details>
 #
@@ -282,10 +278,9 @@ my_order = check.my_order(my_order)
 # {{solution my_order}}
 #
 # Is it the order that you meant? If its map looks scrambled, you returned turns (`argsort` twice), or
-# exchanged height and width. Play it with the triangle below the grid (the bars say how many
-# tokens each step predicts). Then choose *drawn by hand* and draw one over the grid with the mouse:
-# that is `explorer.order` now. *Predict first:* the small model of digits has seen
-# random orders only. Will it write a 3 in the order of the explorer?
+# exchanged height and width. Play it with the triangle below the grid. Then choose *drawn by hand* and
+# draw one with the mouse: that is `explorer.order` now. *Predict first:* the small model of digits has
+# seen random orders only. Will it write a 3 in this order?
 
 # %%
 shown = {"yours": my_order, "spiral": masking.spiral, "centre out": masking.centre_out}
@@ -350,8 +345,8 @@ def draw(order, counts, noise):
 
 
 # %% [markdown]
-# *Predict first:* three landscapes, drawn in 1, in 4 and in 64 steps from the same noise. What will
-# those of one step look like?
+# *Predict first:* three landscapes, drawn in 1, 4 and 64 steps from the same noise. What will those of
+# one step look like?
 
 # %%
 scattered = masking.random(8, 8, 1, generator)
@@ -359,7 +354,7 @@ noise = torch.randn(3, 64, generator=generator, dtype=torch.float64)
 some = torch.cat([draw(scattered, tokens_per_step(64, n), noise) for n in (1, 4, 64)])
 titles = ["1 step", "", "", "4 steps", "", "", "64 steps"]  # three of each
 shown = (some.reshape(-1, 1, 8, 8).float() / 5 + 0.5).clamp(0, 1)
-fig.show(fig.image_grid(shown, columns=9, titles=titles,
+fig.show(fig.image_grid(shown, columns=3, titles=titles,
                         alt="Landscapes drawn in 1 step are noise, in 64 steps smooth"))
 
 # %% [markdown]
@@ -372,13 +367,13 @@ fig.show(fig.image_grid(shown, columns=9, titles=titles,
 # </details>
 #
 # The size of the lie is the **KL divergence** (chapter 2) from the true density of a step's tokens
-# to the one they are drawn from. If $\Sigma$ is their covariance, given what is known, it is
+# to the one they are drawn from. With their covariance $\Sigma$, given what is known, it is
 #
 # $$\tfrac{1}{2} \left( \sum_i \log \Sigma_{ii} - \log \det \Sigma \right),$$
 #
 # in **nats** (1 nat = 1.44 bits); 0 where the tokens are independent. By the chain rule the lies of
-# all steps add up to that of the whole picture. Is that so? `draw` is linear, so what it draws is
-# normal, too, and its covariance is known: compare the whole directly.
+# all steps add up to that of the whole picture. Is that so? `draw` is linear, so the covariance of
+# what it draws is known: compare the whole directly.
 
 # %%
 def lies(order, counts):
@@ -406,7 +401,7 @@ for n in (1, 4, 16, 64):
 assert abs(total) < 1e-6
 
 # %% [markdown]
-# What is a nat worth? On (geometric) average, a true picture is $e^{lie}$ times less likely to be
+# What is a nat worth? On average, a true picture is $e^{lie}$ times less likely to be
 # drawn than it should be.
 #
 # *Predict first:* in which order is the lie of 8 steps largest: random, raster, checkerboard,
@@ -450,19 +445,19 @@ assert REACH != 4 or at_8["random, equal steps"] > 1.15 * at_8["random"]
 # <details><summary>Answer</summary>
 #
 # Spiral, then raster: the tokens of one of their steps stand side by side, and neighbours have most
-# to say to each other. A random order and the checkerboard scatter the tokens of a step; later,
-# each of them has known neighbours that tie it down. The cosine helps the random order here: tokens
+# to say to each other. A random order and the checkerboard scatter them; later,
+# each has known neighbours that tie it down. The cosine helps random order here: tokens
 # depend on each other most while little is known. That is no law: raster order loses less in 8 equal
-# steps (last line), and where neighbours say little (`REACH = 1`) random order does, too.
+# steps (last line), and where neighbours say little (`REACH = 1`) so does random order (0.88 times).
 #
 # </details>
 #
 # ### And on a real model?
 #
 # Nobody knows the true density of photographs. But tiles can be seen: take the squared jumps of
-# brightness across the borders of tokens, as multiples of those in real photographs, in 60 pictures
-# each. Guidance is off (`cfg=1.0`): it changes the density that is drawn. *Predict first:* how much
-# of the seams is left when tokens come one at a time?
+# brightness across the borders of tokens, as multiples of those in real photographs. Guidance is off
+# (`cfg=1.0`): it changes the density. *Predict first:* how much of the seams is left when tokens come
+# one at a time?
 
 # %%
 def jumps(images):
@@ -509,20 +504,20 @@ assert apart("2, raster", "2, checkerboard") > 3 and apart("2, raster", "2 steps
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# About a fifth (in 25 diffusion steps; in 100, fewer yet). So most of the seams are the lie, and raster's are deeper
-# than those of spread-out orders, as on the landscapes; in two steps it hardly beats one step.
-# Differences below three standard errors, as between random and checkerboard, one run cannot tell. One at a
-# time nothing is lost by independence: what is left is the model's own fault, and it
-# is small and young. With the guidance of the picture at the top about half is left: guidance draws
-# another density (chapter 4), and that shows at the borders, too.
+# About a fifth. So most of the seams are the lie, and raster's are deeper than those of spread-out
+# orders, as on the landscapes; in two steps it gains little over one. Differences below three
+# standard errors, as between random and checkerboard, this run cannot tell.
+#
+# What is left one at a time is the model's own fault: it is small and young. With the guidance of the
+# first picture (4.5) half is left: guidance draws another density (chapter 4), whose borders fit less.
 #
 # </details>
 #
 # ## Does the order matter?
 #
-# One at a time no order lies, if the model is perfect. Below 500 digits in each
-# order, 16 steps, and the share of them that a simple classifier (the nearest mean image of a
-# class) takes for the digit that was asked for. `cfg=1.0` switches guidance off (chapter 4).
+# One at a time no order lies, if the model is perfect. Below 500 digits in each order, 16 steps, and
+# the share that a simple classifier (the nearest mean image of a class) takes for the digit that was
+# asked for.
 
 # %%
 images, labels = data.to_tensors(data.load_images("digits"))
@@ -557,24 +552,21 @@ print(f"chance (95%): each ± {chance / 2:.0f}, a difference ± {chance / 2 * 2 
 # <details><summary>What this supports, and what not</summary>
 #
 # Two shares that differ by less than three standard errors may well be equal, and the judge
-# recognises 81% of *real* digits (`benchmarks/results/digits.json`): it likes typical digits. The
-# distances of 1,000 photographs in 16 steps (chapter 9 explains them; lower is better, and this small
-# model is far from real images with every order) differ no more
-# than chance explains (the file's interval is for 5,000 samples; here it is scaled by the
-# root of their number). So with these models, one token a step, no effect of the *sampling* order
-# could be seen.
+# recognises 81% of *real* digits (`benchmarks/results/digits.json`). The
+# distances of 1,000 photographs (chapter 9; lower is better, and in every order this small model is
+# far from real images) differ no more than chance explains (measured on 5,000, scaled by the root).
+# So with these models, one token a step, no effect of the *sampling* order could be seen.
 #
-# In *training* the order matters. The paper's table 1 (Li et al. 2024, ImageNet, no guidance, diffusion loss)
-# has FID 19.23 for raster order, 13.07 for random order, both with causal attention (a token looks
-# only at earlier ones), and 3.43 with attention in both directions. An order chosen by confidence
-# on the way was no better than a random one (table 5: 8.72 and 8.79, with cross-entropy).
+# In *training* the order matters. The paper's table 1 (Li et al. 2024, ImageNet, diffusion loss) has
+# FID 19.23 for raster order, 13.07 for random order, both with causal attention (a token looks
+# only at earlier ones), and 3.43 with attention in both directions.
 #
 # </details>
 #
 # ## Why are 70 to 100% hidden?
 #
-# A training step hides a share of the tokens, the **mask ratio**, and asks for each of them. The
-# ratio is drawn for each batch from a normal distribution of mean 1 and standard deviation 0.25,
+# A training step hides a share of the tokens, the **mask ratio**, and asks for them. It
+# is drawn for each batch from a normal distribution of mean 1 and standard deviation 0.25,
 # cut off below 0.7 and above 1. *Predict first:* what share of its tokens does a model predict,
 # when it generates, with less than 70% hidden?
 
@@ -588,6 +580,7 @@ def ratios_met(length, num_iter):
 
 met = {"training": [masking.sample_mask_ratio(0.7, generator) for _ in range(5000)],
        "256 tokens in 64 steps": ratios_met(256, 64), "16 tokens in 16 steps": ratios_met(16, 16)}
+# of training it is the share of batches, of the others the share of tokens
 lines = {name: (sorted(x), [i / len(x) for i in range(1, len(x) + 1)]) for name, x in met.items()}
 fig.show(fig.curves(lines, xlabel="mask ratio", ylabel="share below it"))
 
@@ -601,16 +594,15 @@ for name, ratios in met.items():
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# About 70%, whatever the schedule: tokens leave one after the other, so their ratios are spread
-# evenly from 1 to 0. The model practises the beginning; most tokens are drawn in situations that it
-# never practised. (The curve of training counts batches, the others tokens.)
+# About 70%, whatever the schedule: as tokens leave, the ratio falls evenly from 1 to 0. The model
+# practises the beginning; most tokens are drawn where it never practised.
 #
 # </details>
 #
 # How well does it do there? Take real pictures, hide one token, and of the others hide more and
 # more. The model must guess the one from noise with little signal left (t = 850). The error is
-# a multiple of that with all hidden. The digits were trained as in the paper, the
-# photographs with at least 30% hidden.
+# a multiple of that with all hidden. The digits were trained as in the paper, the photographs with at
+# least 30% hidden.
 
 # %%
 def guess_errors(pipeline, tokens, labels, t=850):
@@ -651,22 +643,21 @@ assert 0.9 < min(errors["digits, trained from 0.7"]) < errors["digits, trained f
 # %% [markdown]
 # <details><summary>What you see</summary>
 #
-# The first known tokens tell the photographs' model most: the greater part of what it gains comes
-# before 30% are known. Later tokens add little, also where it never practised. That would fit with
-# practising the beginning (but the two models differ in data and time, too). The digits' guess hardly
-# gains: after 75 seconds of training (`data/weights/digits/README.md`) the class
-# says nearly all that this model uses, so its shares above say
-# little about better models. And with nearly all known, far from its practice, it guesses *worse*.
+# The first known tokens tell the photographs' model most: most of what it gains comes before 30% are
+# known. That would fit with practising the beginning (but the two models differ in data and time,
+# too). The digits' guess hardly gains: after 75 seconds of training (`data/weights/digits`) the class
+# says nearly all that this model uses, so its shares above say little about better models. And with
+# nearly all known, far from its practice, it guesses *worse*.
 #
 # </details>
 #
-# The authors' own answer is cost, and that a minimum of 0.5 or 0.6 was not better (LTH14/mar,
-# issues 22 and 43). *Predict first:* how much more does the encoder of MAR-B (256 tokens and 64
+# The authors' answer is cost, and that a minimum of 0.5 or 0.6 was not better (LTH14/mar, issues 22
+# and 43). *Predict first:* how much more does the encoder of MAR-B (256 tokens and 64
 # buffer tokens) read, if ratios begin at 0.5, or if all from 0 to 1 are equally likely ("uniform")?
 #
 # And is it better? The second cell compares small models of digits, alike but for their ratios,
-# each trained for the same 14 seconds of processor time (`benchmarks/mask_ratio.py`). The distance is
-# like that above, on features for digits (chapter 5); bars show the standard deviation of three seeds.
+# trained for 14 seconds each (`benchmarks/mask_ratio.py`). The distance is like that above, on
+# features for digits; bars show the standard deviation of three seeds.
 
 # %% tags=["claim"]
 # the bound of 0.7 itself saves little; that ratios pile up near 1 saves more
@@ -695,15 +686,13 @@ assert gap < 3
 #
 # </details>
 #
-# So, honestly: no quality gained by hiding less was seen, neither by the authors nor here, where
-# three seeds cannot tell: a gap below about 100 would not show. And cost has two sides: hide less and
-# the encoder reads more, but fewer tokens are asked for. In these small models the head weighs
-# more: with uniform ratios they made *more* steps in equal time. (The preset `cifar10` hides from 30%
-# on, since of 16 tokens otherwise at most four would ever be known.)
+# No quality gained by hiding less was seen, neither by the authors nor here, where three seeds cannot
+# tell: a gap below about 100 would not show. And cost has two sides: hide less and the encoder reads
+# more, but fewer tokens are asked for: with uniform ratios the small models made *more* steps in equal
+# time.
 #
-# Why does it work, then, with 70 to 100% hidden? As far as these measurements go: what known tokens
-# tell is told mostly by the first few, which are practised; and beyond its practice the model guesses
-# hardly better, but hardly worse.
+# Why, then, does hiding 70 to 100% work? As far as this goes: known tokens tell most by the first
+# few, which are practised; beyond its practice the model guesses hardly better, but hardly worse.
 
 # %% [markdown]
 # ## Going further
@@ -718,11 +707,11 @@ assert gap < 3
 #
 # ## Recap
 #
-# An order is a permutation, first to last; a mask is what the order has not reached yet; a cosine
+# An order is a permutation, first to last; a mask is what it has not reached yet; a cosine
 # decides how many tokens a step predicts. Tokens of one step are drawn as if they were independent:
 # that loses nothing one at a time, most in a single step, and less where the order scatters the
-# tokens of a step. In training 70 to 100% are hidden, at random: that is cheap, and practises any few
-# known tokens. Orders that end with many known work too, though nobody trained them.
+# tokens of a step. In training 70 to 100% are hidden, at random: that is cheap, and practises any
+# *few* known tokens; with many known, any order works here without practice.
 #
 # | symbol | in code | module |
 # |---|---|---|
@@ -732,5 +721,4 @@ assert gap < 3
 # | mask | `mask_by_order` | `masking` |
 # | mask ratio | `sample_mask_ratio`, `mean_mask_ratio` | `masking` |
 #
-# The next chapter needs the mask, which becomes the training target of the whole model, and takes
-# your order along.
+# The next chapter needs the mask, and takes your order along.
