@@ -67,7 +67,8 @@ fig.show(fig.image_grid(rows, alt="Photographs drawn in 1, 4 and 16 steps: the f
 #
 # The places of an 8x8 grid of tokens are numbered row by row, from 0 to 63. An **order** is a
 # row of places, first to last: `order[:, 0]` holds the places that are generated first. The tensor
-# says which *place* comes at each turn; the picture shows, for the first image, at which *turn* each
+# says which *place* comes at each turn; the picture shows, for the first image, at which *turn*
+# each
 # place comes, counted from 1. (`halton` visits the grid by a sequence that spreads its points.)
 #
 # *Predict first:* each order is made for two images. In which of `random`, `checkerboard` and
@@ -213,7 +214,8 @@ fig.show(
 # <details><summary>Answer</summary>
 #
 # One: the cosine alone gives $256 (1 - \cos \tfrac{\pi}{128}) = 0.08$, so the minimum decides. At
-# the end $\lfloor 256 \sin \tfrac{\pi}{128} \rfloor = \lfloor 6.3 \rfloor = 6$. (Why few first? While
+# the end $\lfloor 256 \sin \tfrac{\pi}{128} \rfloor = \lfloor 6.3 \rfloor = 6$. (Why few first?
+# While
 # little is known, tokens depend on each other most; you will measure it.)
 #
 # </details>
@@ -241,7 +243,8 @@ show_masks(halton, masked_before(16, tokens_per_step(16, 6)), 4, 4)
 # > **Exercise 3** · difficulty 2 of 3 · importance 2 of 3 · 10 minutes
 # >
 # > Write any order you like, on a grid of any size: columns from the middle, diagonals, one that
-# > draws lots (from `generator` alone). Each place must come exactly once, and reading order, forwards
+# > draws lots (from `generator` alone). Each place must come exactly once, and reading order,
+# > forwards
 # > or backwards, is taken.
 
 # %%
@@ -277,9 +280,12 @@ my_order = check.my_order(my_order)
 #
 # {{solution my_order}}
 #
-# Is it the order that you meant? If its map looks scrambled, you returned turns (`argsort` twice), or
-# exchanged height and width. Play it with the triangle below the grid. Then choose *drawn by hand* and
-# draw one with the mouse: that is `explorer.order` now. *Predict first:* the small model of digits has
+# Is it the order that you meant? If its map looks scrambled, you returned turns (`argsort` twice),
+# or
+# exchanged height and width. Play it with the triangle below the grid. Then choose *drawn by hand*
+# and
+# draw one with the mouse: that is `explorer.order` now. *Predict first:* the small model of digits
+# has
 # seen random orders only. Will it write a 3 in this order?
 
 # %%
@@ -297,8 +303,10 @@ fig.show(fig.filmstrip(frames, row=0))
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# It can (one 3 proves little; 500 digits follow). By the chain rule any permutation is a right way to
-# write $p(x_1, ..., x_L)$ as a product, $p(x_a) \, p(x_b | x_a) \, p(x_c | x_a, x_b) \cdots$. Random
+# It can (one 3 proves little; 500 digits follow). By the chain rule any permutation is a right way
+# to
+# write $p(x_1, ..., x_L)$ as a product, $p(x_a) \, p(x_b | x_a) \, p(x_c | x_a, x_b) \cdots$.
+# Random
 # orders in training taught the model factors with any *few* tokens known; those with many known it
 # never saw (below). It works nevertheless.
 #
@@ -345,7 +353,8 @@ def draw(order, counts, noise):
 
 
 # %% [markdown]
-# *Predict first:* three landscapes, drawn in 1, 4 and 64 steps from the same noise. What will those of
+# *Predict first:* three landscapes, drawn in 1, 4 and 64 steps from the same noise. What will
+# those of
 # one step look like?
 
 # %%
@@ -360,7 +369,8 @@ fig.show(fig.image_grid(shown, columns=3, titles=titles,
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Like noise: each token for itself is right, together they are wrong. With every step more they agree
+# Like noise: each token for itself is right, together they are wrong. With every step more they
+# agree
 # better, and one at a time nothing is lost. In few steps even the variance of a single token is too
 # small: the lie is passed on.
 #
@@ -447,16 +457,19 @@ assert REACH != 4 or at_8["random, equal steps"] > 1.15 * at_8["random"]
 # Spiral, then raster: the tokens of one of their steps stand side by side, and neighbours have most
 # to say to each other. A random order and the checkerboard scatter them; later,
 # each has known neighbours that tie it down. The cosine helps random order here: tokens
-# depend on each other most while little is known. That is no law: raster order loses less in 8 equal
-# steps (last line), and where neighbours say little (`REACH = 1`) so does random order (0.88 times).
+# depend on each other most while little is known. That is no law: raster order loses less in 8
+# equal
+# steps (last line), and where neighbours say little (`REACH = 1`) it gains nothing.
 #
 # </details>
 #
 # ### And on a real model?
 #
 # Nobody knows the true density of photographs. But tiles can be seen: take the squared jumps of
-# brightness across the borders of tokens, as multiples of those in real photographs. Guidance is off
-# (`cfg=1.0`): it changes the density. *Predict first:* how much of the seams is left when tokens come
+# brightness across the borders of tokens, as multiples of those in real photographs. Guidance is
+# off
+# (`cfg=1.0`): it changes the density. *Predict first:* how much of the seams is left when tokens
+# come
 # one at a time?
 
 # %%
@@ -508,15 +521,19 @@ assert apart("2, raster", "2, checkerboard") > 3 and apart("2, raster", "2 steps
 # orders, as on the landscapes; in two steps it gains little over one. Differences below three
 # standard errors, as between random and checkerboard, this run cannot tell.
 #
-# What is left one at a time is the model's own fault: it is small and young. With the guidance of the
-# first picture (4.5) half is left: guidance draws another density (chapter 4), whose borders fit less.
+# What is left one at a time is the model's own fault: it is small and young. With the guidance of
+# the
+# first picture (4.5) half is left: guidance draws another density (chapter 4), whose borders fit
+# less.
 #
 # </details>
 #
 # ## Does the order matter?
 #
-# One at a time no order lies, if the model is perfect. Below 500 digits in each order, 16 steps, and
-# the share that a simple classifier (the nearest mean image of a class) takes for the digit that was
+# One at a time no order lies, if the model is perfect. Below 500 digits in each order, 16 steps,
+# and
+# the share that a simple classifier (the nearest mean image of a class) takes for the digit that
+# was
 # asked for.
 
 # %%
@@ -557,7 +574,8 @@ print(f"chance (95%): each ± {chance / 2:.0f}, a difference ± {chance / 2 * 2 
 # far from real images) differ no more than chance explains (measured on 5,000, scaled by the root).
 # So with these models, one token a step, no effect of the *sampling* order could be seen.
 #
-# In *training* the order matters. The paper's table 1 (Li et al. 2024, ImageNet, diffusion loss) has
+# In *training* the order matters. The paper's table 1 (Li et al. 2024, ImageNet, diffusion loss)
+# has
 # FID 19.23 for raster order, 13.07 for random order, both with causal attention (a token looks
 # only at earlier ones), and 3.43 with attention in both directions.
 #
@@ -601,7 +619,8 @@ for name, ratios in met.items():
 #
 # How well does it do there? Take real pictures, hide one token, and of the others hide more and
 # more. The model must guess the one from noise with little signal left (t = 850). The error is
-# a multiple of that with all hidden. The digits were trained as in the paper, the photographs with at
+# a multiple of that with all hidden. The digits were trained as in the paper, the photographs with
+# at
 # least 30% hidden.
 
 # %%
@@ -643,9 +662,11 @@ assert 0.9 < min(errors["digits, trained from 0.7"]) < errors["digits, trained f
 # %% [markdown]
 # <details><summary>What you see</summary>
 #
-# The first known tokens tell the photographs' model most: most of what it gains comes before 30% are
+# The first known tokens tell the photographs' model most: most of what it gains comes before 30%
+# are
 # known. That would fit with practising the beginning (but the two models differ in data and time,
-# too). The digits' guess hardly gains: after 75 seconds of training (`data/weights/digits`) the class
+# too). The digits' guess hardly gains: after 75 seconds of training (`data/weights/digits`) the
+# class
 # says nearly all that this model uses, so its shares above say little about better models. And with
 # nearly all known, far from its practice, it guesses *worse*.
 #
@@ -686,9 +707,12 @@ assert gap < 3
 #
 # </details>
 #
-# No quality gained by hiding less was seen, neither by the authors nor here, where three seeds cannot
-# tell: a gap below about 100 would not show. And cost has two sides: hide less and the encoder reads
-# more, but fewer tokens are asked for: with uniform ratios the small models made *more* steps in equal
+# No quality gained by hiding less was seen, neither by the authors nor here, where three seeds
+# cannot
+# tell: a gap below about 100 would not show. And cost has two sides: hide less and the encoder
+# reads
+# more, but fewer tokens are asked for: with uniform ratios the small models made *more* steps in
+# equal
 # time.
 #
 # Why, then, does hiding 70 to 100% work? As far as this goes: known tokens tell most by the first
@@ -697,12 +721,13 @@ assert gap < 3
 # %% [markdown]
 # ## Going further
 #
-# 1. Set `REACH` to 1, then to 20 (the claims about it hold for 4). When is predicting many tokens at
-#    once nearly honest?
+# 1. Set `REACH` to 1, then to 20 (the claims about it hold for 4). When is predicting many tokens
+#    at once nearly honest?
 # 2. Find an order whose lie in 8 steps is below the checkerboard's. Halton's is one: why?
 # 3. Draw the digits in two steps (`num_iter=2`) and look at ten of them with `fig.image_grid`. Does
 #    the judge see what you see?
-# 4. Open: the lie is zero one token at a time, yet some seams stay, more with guidance. Where would you
+# 4. Open: the lie is zero one token at a time, yet some seams stay, more with guidance. Where
+# would you
 #    look for their cause: in `z`, in the head, or in how the model was trained?
 #
 # ## Recap
