@@ -726,9 +726,8 @@ assert gap < 3
 # 2. Find an order whose lie in 8 steps is below the checkerboard's. Halton's is one: why?
 # 3. Draw the digits in two steps (`num_iter=2`) and look at ten of them with `fig.image_grid`. Does
 #    the judge see what you see?
-# 4. Open: the lie is zero one token at a time, yet some seams stay, more with guidance. Where
-# would you
-#    look for their cause: in `z`, in the head, or in how the model was trained?
+# 4. Open: the lie is zero one token at a time, yet some seams stay, more with guidance. Where would
+#    you look for their cause: in `z`, in the head, or in how the model was trained?
 #
 # ## Recap
 #
