@@ -37,8 +37,8 @@ class Uniform(MAR):
         return masking.mask_by_order(order, hidden)
 
 
-ROWS = {  # label -> the model's class, and the smallest ratio; "even" does not use the second
-    "0.7 to 1": (MAR, 0.7), "0.5 to 1": (MAR, 0.5), "even": (Uniform, 0.7),
+ROWS = {  # label -> the model's class, and the smallest ratio; "uniform" does not use the second
+    "0.7 to 1": (MAR, 0.7), "0.5 to 1": (MAR, 0.5), "uniform": (Uniform, 0.7),
 }  # fmt: skip
 
 

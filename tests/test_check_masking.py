@@ -3,6 +3,7 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -95,6 +96,9 @@ def into_the_order(order, num_masked):
         (lambda o, n: masking.mask_by_order(o, n).roll(1, 1), r"\[0, 0\] is"),
         (whole_numbers, "dtype torch.int64, expected torch.bool"),
         (into_the_order, "changed the order it was given"),
+        (lambda o, n: o < n, "takes the lowest entries of the order"),
+        (lambda o, n: o.argsort(1, True) >= o.shape[1] - n, "last place first: argsort"),
+        (lambda o, n: o.argsort(1, True) < n, "last place first, and masks the tokens"),
     ],
 )
 def test_mask_by_order(wrong, message):
@@ -133,6 +137,44 @@ def free(length, num_iter, share):
     return [a - b for a, b in zip(masked, [*masked[1:], 0], strict=True)]
 
 
+def in_numbers(length, num_iter, share, masked_last=(0,)):
+    """As the formula, with the share from i, for N numbers or one more."""
+    masked = [length]
+    for i in range(1, num_iter):
+        masked.append(min(masked[-1] - 1, math.floor(length * share(i))))
+    masked += masked_last
+    return [a - b for a, b in zip(masked, masked[1:], strict=False)]
+
+
+def too_soon(length, num_iter, **more):
+    quarter = math.pi / 2
+    return in_numbers(length, num_iter, lambda i: math.cos(quarter * i / (num_iter - 1)), **more)
+
+
+def too_soon_and_below(length, num_iter):
+    angle = math.pi / 2 / (num_iter - 1) + 1e-15  # rounding, on some machine
+    return in_numbers(length, num_iter, lambda i: math.cos(angle * i))
+
+
+def end_computed(length, num_iter):
+    masked = [length]
+    for i in range(1, num_iter + 1):
+        left = math.floor(length * math.cos(math.pi / 2 * i / num_iter))
+        masked.append(min(masked[-1] - 1, left))
+    return [a - b for a, b in zip(masked, masked[1:], strict=False)]
+
+
+def shrinking(length, num_iter):
+    masked = [length]
+    for i in range(1, num_iter):
+        masked.append(min(masked[-1] - 1, math.floor(masked[-1] * quarter_wave(i / num_iter))))
+    return [a - b for a, b in zip(masked, [*masked[1:], 0], strict=True)]
+
+
+def nothing_in_one_step(length, num_iter):
+    return [0] if num_iter == 1 else cosine(length, num_iter)
+
+
 def each_rounded(length, num_iter):
     shares = [quarter_wave(i / num_iter) for i in range(num_iter + 1)]
     return [math.floor(length * (a - b)) for a, b in zip(shares, shares[1:], strict=False)]
@@ -162,7 +204,18 @@ def each_rounded(length, num_iter):
         (lambda n, k: cosine(n, k, share=lambda u: quarter_wave(u - 1 / k)), "one step late"),
         (lambda n, k: cosine(n, k)[:-1] + [1], "255 tokens in all|tokens in all, expected 256"),
         (lambda n, k: cosine(n, k, whole=math.ceil), "rounds what is left masked up"),
-        (lambda n, k: torch.tensor(cosine(n, k)), "is a Tensor, expected a list of int"),
+        (lambda n, k: torch.tensor(cosine(n, k)), r"is a Tensor, expected a list of int; \.tolist"),
+        (lambda n, k: np.array(cosine(n, k)), r"is a ndarray, expected a list of int; \.tolist"),
+        (lambda n, k: list(torch.tensor(cosine(n, k)).double()), "numbers with a point"),
+        (lambda n, k: [str(x) for x in cosine(n, k)], "entries that are no numbers"),
+        (too_soon, "one step too soon"),
+        (too_soon_and_below, "one step too soon"),
+        (lambda n, k: too_soon(n, k, masked_last=()), "one step too soon"),
+        (lambda n, k: free(n, k, lambda u: quarter_wave(u * k / (k + 1))), r"divides by N \+ 1"),
+        (shrinking, "takes the cosine of what is left"),
+        (lambda n, k: sorted(cosine(n, k)), "is sorted, but rounding"),
+        (nothing_in_one_step, r"\(16, 1\) predicts no token in step 1"),
+        (end_computed, r"\(100, 99\) predicts 101 tokens .* set m_N = 0, do not compute it"),
     ],
 )
 def test_tokens_per_step(wrong, message):
@@ -170,12 +223,43 @@ def test_tokens_per_step(wrong, message):
         check.tokens_per_step(wrong)
 
 
+def by_torch(length, num_iter, dtype=torch.float64):
+    angles = torch.linspace(0, math.pi / 2, num_iter + 1, dtype=dtype)[:-1]
+    masked = [length]
+    for angle in angles[1:]:
+        masked.append(min(masked[-1] - 1, math.floor(length * torch.cos(angle))))
+    return [a - b for a, b in zip(masked, [*masked[1:], 0], strict=True)]
+
+
+def by_numpy(length, num_iter):
+    masked = [length]
+    for i in range(1, num_iter):
+        left = np.floor(length * np.cos(np.pi * i / 2 / num_iter))
+        masked.append(int(min(masked[-1] - 1, left)))
+    return list(-np.diff([*masked, 0]))
+
+
+def by_tensors(length, num_iter):
+    return list(torch.tensor(cosine(length, num_iter)))
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        by_torch, lambda n, k: by_torch(n, k, torch.float32), by_numpy, by_tensors,
+        lambda n, k: in_numbers(n, k, lambda i: math.sin(math.pi / 2 * (k - i) / k)),
+    ],
+)  # fmt: skip
+def test_other_ways_to_calculate_the_cosine_pass(right):
+    assert check.tokens_per_step(right) is right
+
+
 def one_row(height, width, batch_size, generator=None):
     return masking.spiral(height, width, 1)
 
 
 def square_only(height, width, batch_size, generator=None):
-    return torch.arange(height**2).flip(0).expand(batch_size, -1)
+    return torch.arange(height**2).roll(3).expand(batch_size, -1)
 
 
 def with_repeats(height, width, batch_size, generator=None):
@@ -213,6 +297,22 @@ def by_batch_size(height, width, batch_size, generator=None):
     return masking.spiral(height, width, batch_size).roll(batch_size, 1)
 
 
+def raster_unless_square(height, width, batch_size, generator=None):
+    return (masking.spiral if height == width else masking.raster)(height, width, batch_size)
+
+
+def first_row_raster(height, width, batch_size, generator=None):
+    order = masking.spiral(height, width, batch_size).clone()
+    order[0] = torch.arange(height * width)
+    return order
+
+
+def first_row_raster_last_reversed(height, width, batch_size, generator=None):
+    order = masking.reversed_raster(height, width, batch_size).clone()
+    order[0] = torch.arange(height * width)
+    return order
+
+
 def counting():
     calls = []
 
@@ -242,6 +342,12 @@ def needs_a_generator(height, width, batch_size, generator=None):
         (lambda h, w, b, g: masking.spiral(h, w, b)[:, :-1], r"shape \(3, 15\); expected"),
         (square_only, "for height 3, width 5: what my_order returned has shape"),
         (with_repeats, "not a permutation"),
+        (lambda h, w, b, g: masking.spiral(h, w, b).numpy(), "is ndarray; .*, as a tensor: torch"),
+        (lambda h, w, b, g: masking.spiral(h, w, b).int(), r"int32; .*; \.long\(\) makes it that"),
+        (lambda h, w, b, g: masking.spiral(h, w, 1), r"\(1, 16\); .*order\.expand\(batch_size"),
+        (raster_unless_square, "for height 3, width 5: that is raster order"),
+        (first_row_raster, "for height 4, width 4: that is raster order"),
+        (first_row_raster_last_reversed, "that is raster order"),
         (masking.raster, "raster order"),
         (masking.reversed_raster, "raster order"),
         (by_score(lambda b, n, g: torch.rand(b, n)), "draws from torch's global random state"),
@@ -290,8 +396,14 @@ def test_right_solutions_pass():
     def by_known_counts(length, num_iter):
         return tuple(free(length, num_iter, quarter_wave))
 
+    def diagonals(height, width, batch_size, generator=None):
+        place = torch.arange(height * width)
+        order = (place // width + place % width).argsort(stable=True)
+        return order.expand(batch_size, -1)
+
+    assert check.my_order(diagonals) is diagonals
     by_lots = by_score(lambda b, n, g: torch.rand(b, n, generator=g))
-    rolled = by_score(lambda b, n, g: (torch.arange(n) + torch.arange(b)[:, None]) % n)
+    rolled = by_score(lambda b, n, g: (torch.arange(n) + torch.arange(1, b + 1)[:, None]) % n)
     assert check.mask_by_order(mine) is mine
     assert check.mask_by_order(by_loop) is by_loop
     assert check.mask_by_order(by_known) is by_known

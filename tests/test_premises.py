@@ -25,7 +25,8 @@ PREMISES = [
      "mask, order, left, 1.0,"),
     ("10_full_size", "each part has its own rows", "6 * parts[name][part] * rows[part] / 1e9",
      "6 * parts[name][part] * 256 / 1e9"),
-    ("06_masking", "expected one step to lose more than 20 nats", "REACH = 4.0", "REACH = 0.1"),
+    ("06_masking", "expected one step to lose more than 20 nats",
+     "places, places) / REACH", "places, places) / 0.1"),
     ("07_mar", "of the way apart", "step_generator(seed, step)", "step_generator(seed, step + 1)"),
 ]  # fmt: skip
 

@@ -1,7 +1,9 @@
 """Checks of chapter 6: masks, tokens per step, an order of one's own."""
 
 import math
+import operator
 import random
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -77,27 +79,44 @@ def _refuse_other_masks(mask: Tensor, order: Tensor, n: int, what: str) -> None:
         "compares entries of the order: they are places, their turn is where they stand": (
             order >= length - n
         ),
+        "takes the lowest entries of the order for its last columns: entries are places, their "
+        "column is their turn": order < n,
+        "answers for the last place first: argsort(descending=True) mirrors the row of places, "
+        "argsort() gives each place's turn": want.flip(1),
+        "answers for the last place first, and masks the tokens whose turn comes first: take "
+        "argsort() without descending, and compare with L - num_masked": (
+            masking.mask_by_order(order.flip(1), n).flip(1)
+        ),
     }
     refuse_mistakes(mask, want, mistakes, what)
 
 
 @exercise(reference=masking.tokens_per_step)
 def tokens_per_step(candidate):
-    for length, num_iter in ((256, 64), (64, 16), (64, 64), (16, 3), (16, 1), (100, 99)):
-        what, got = f"tokens_per_step({length}, {num_iter})", candidate(length, num_iter)
-        if not isinstance(got, (list, tuple)):
-            raise Failed(f"{what} is a {type(got).__name__}, expected a list of int")
-        if any(isinstance(n, float) for n in got):
-            raise Failed(f"{what} has numbers with a point, expected int, as math.floor gives")
+    # no length * cos(...) of these is a whole number, which rounding could carry to either side
+    for length, num_iter in ((256, 64), (64, 16), (64, 64), (17, 3), (16, 1), (100, 99)):
+        what = f"tokens_per_step({length}, {num_iter})"
+        got = _whole_numbers(candidate(length, num_iter), what)
         want = masking.tokens_per_step(length, num_iter)
-        got = list(got)
-        refuse_mistakes(got, want, _other_schedules(length, num_iter, want), what)
+        if num_iter > 1:  # one step has too few numbers to tell ideas apart
+            refuse_mistakes(got, want, _other_schedules(length, num_iter, want), what)
+            if got != want and got in _too_soon(length, num_iter):
+                raise Failed(
+                    f"{what} reaches 0 one step too soon: the angle of step i is i / N of a "
+                    "quarter turn, not i / (N - 1), and N steps need N + 1 numbers masked"
+                )
         if len(got) == num_iter - 1 and got == want[:-1]:
             raise Failed(f"{what} leaves out the last step, which takes all that is left")
+        if got == [*want[:-1], want[-1] + 1]:
+            raise Failed(
+                f"{what} predicts {sum(got)} tokens in all, expected {length}: at i = N rounding "
+                "makes the cosine a little negative and floor gives -1; set m_N = 0, do not "
+                "compute it"
+            )
         if len(got) == num_iter and 0 in got:
             raise Failed(
                 f"{what} predicts no token in step {got.index(0) + 1}: what is left masked "
-                "must fall by at least 1 in each step"
+                "must fall by at least 1 in each step, and to 0 in the last"
             )
         if len(got) == num_iter and sum(got) != length:
             raise Failed(
@@ -105,6 +124,21 @@ def tokens_per_step(candidate):
                 "all that is left"
             )
         equal(got, want, what)
+
+
+def _whole_numbers(got: object, what: str) -> list[int]:
+    """The list as Python's int; those of NumPy and torch will do."""
+    if not isinstance(got, (list, tuple)):
+        advice = "; .tolist() makes one" if hasattr(got, "tolist") else ""
+        raise Failed(f"{what} is a {type(got).__name__}, expected a list of int{advice}")
+    try:
+        return [operator.index(n) for n in got]
+    except TypeError as error:
+        raise Failed(
+            f"{what} has numbers with a point, expected int, as math.floor gives"
+            if all(hasattr(n, "__float__") for n in got)
+            else f"{what} has entries that are no numbers, expected int"
+        ) from error
 
 
 def _other_schedules(length: int, num_iter: int, want: list[int]) -> dict[str, list[int]]:
@@ -149,9 +183,34 @@ def _other_schedules(length: int, num_iter: int, want: list[int]) -> dict[str, l
         "is one step early: m_1, with i = 1, is what is left after the first step": (
             other(lambda u: turn(u + 1 / num_iter))
         ),
-        "reaches 0 one step too soon: the angle of step i is i / N of a quarter turn, not "
-        "i / (N - 1)": other(lambda u: turn(u * num_iter / max(1, num_iter - 1))),
+        "divides by N + 1: after step N nothing is left, so the angle of step i is i / N of a "
+        "quarter turn": other(lambda u: turn(u * num_iter / (num_iter + 1))),
+        "takes the cosine of what is left, expected of all L tokens: each step would shrink the "
+        "last one's rest": _shrinking(length, num_iter),
+        "is sorted, but rounding down makes the numbers go up and down: leave them in the order of "
+        "the steps": sorted(want),
     }
+
+
+def _shrinking(length: int, num_iter: int) -> list[int]:
+    """m_(i - 1) times the cosine, in place of L times."""
+    masked = [length]
+    for i in range(1, num_iter):
+        left = math.floor(masked[-1] * math.cos(math.pi / 2 * i / num_iter))
+        masked.append(min(masked[-1] - 1, left))
+    return [before - after for before, after in pairwise([*masked, 0])]
+
+
+def _too_soon(length: int, num_iter: int) -> Iterator[list[int]]:
+    """i / (N - 1) for i / N, however a cosine of 60 or 90 degrees may be rounded."""
+    last = num_iter - 1
+    for rounding in (1e-9, -1e-9):
+        masked = [length]
+        for i in range(1, last):
+            left = math.floor(length * math.cos(math.pi / 2 * i / last) + rounding)
+            masked.append(min(masked[-1] - 1, left))
+        for end in ([0, 0], [-1, 0], [0], [-1]):  # N + 1 numbers, or N of them for N - 1 steps
+            yield [before - after for before, after in pairwise([*masked, *end])]
 
 
 def _schedule(length: int, num_iter: int, share, whole) -> list[int]:
@@ -173,15 +232,13 @@ def my_order(candidate):
 
 
 def _expect_order(candidate) -> None:
-    grids, reading = ((4, 4), (8, 8), (3, 5), (7, 2)), 0
-    for height, width in grids:
+    for height, width in ((4, 4), (8, 8), (3, 5), (7, 3)):  # diagonals of 2 columns are raster
         where = f"for height {height}, width {width}"
         order = _permutations(candidate, height, width, 3, _seeded(1), where)
-        rows = order.sort(descending=bool(order[0, 0])).values
-        reading += torch.equal(order, rows)
+        forwards = torch.arange(height * width)
+        if any(torch.equal(row, way) for row in order for way in (forwards, forwards.flip(0))):
+            raise Failed(f"{where}: that is raster order, forwards or backwards; choose another")
         _expect_generator_alone(candidate, height, width, where)
-    if reading == len(grids):
-        raise Failed("that is raster order, forwards or backwards; choose another")
     try:
         candidate(4, 4, 1, None)
     except (AttributeError, TypeError) as error:
@@ -198,17 +255,21 @@ def _permutations(candidate, height, width, batch_size, generator, where) -> Ten
     """What the candidate returns, if it is an order; else say what is wrong and why it may be."""
     result = candidate(height, width, batch_size, generator)
     length, why = height * width, ""
-    if isinstance(result, Tensor) and result.shape != (batch_size, length):
-        if result.shape == (length,):
+    if not isinstance(result, Tensor):
+        why = ", as a tensor: torch.tensor(...) makes one of a list or an array"
+    elif result.shape != (batch_size, length):
+        if result.shape in {(length,), (1, length)}:
             why = "; one row for each image: order.expand(batch_size, -1)"
         elif result.shape == (length, batch_size):
             why = "; images are rows, turns are columns"
         elif result.shape == (batch_size, height, width):
             why = "; an order is a row of places, flatten the grid"
-    elif isinstance(result, Tensor) and (result.sort(1).values == torch.arange(length) + 1).all():
+    elif (result.sort(1).values == torch.arange(length) + 1).all():
         why = "; places are counted from 0"
-    elif isinstance(result, Tensor) and result.is_floating_point():
+    elif result.is_floating_point():
         why = "; argsort turns numbers that say how late a place comes into an order"
+    elif result.dtype != torch.int64:
+        why = "; .long() makes it that"
     try:
         return masking.check_order(result, height, width, batch_size, "what my_order returned")
     except ValueError as error:
