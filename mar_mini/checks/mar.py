@@ -113,7 +113,7 @@ def _loss_mistakes(model: MAR, latents, labels, drawn: Drawn) -> Iterator[tuple[
         given = {"repeat": repeat, "t": drawn.t, "noise": drawn.noise} | given
         return model.diffloss.terms(target.flatten(0, 1), z.flatten(0, 1), **given)[name]
 
-    hidden, z = masking.keep(tokens, mask), z_of()  # (B, M, C), (B, M, E)
+    hidden, z = masking.keep(tokens, mask), z_of()                         # (B, M, C), (B, M, E)
     count, mean, everything = hidden.shape[0] * hidden.shape[1], loss(z, hidden), mask | True
     first_row = mask[:1].expand_as(mask)
     doubled = [x.flatten(0, 1).repeat_interleave(repeat, 0)[None] for x in (z, hidden)]
@@ -155,16 +155,14 @@ def _loss_mistakes(model: MAR, latents, labels, drawn: Drawn) -> Iterator[tuple[
     }.items()
     if 2 * hidden.shape[1] != mask.shape[1]:
         return
-    known = masking.keep(tokens, ~mask)  # (B, M, C)
+    known = masking.keep(tokens, ~mask)                                    # (B, M, C)
     yield from {
         "hides the known tokens and shows the hidden ones: True means hidden": loss(
             z_of(hide=~mask), hidden
         ),
         "shows the encoder what it should hide, and hides what is known: its mask is drawn.mask": (
-            loss(
-                model.forward_decoder(model.forward_encoder(tokens, ~mask, told), mask, mask),
-                hidden,
-            )
+            loss(model.forward_decoder(model.forward_encoder(tokens, ~mask, told), mask, mask),
+                 hidden)
         ),
         "trains on the known tokens: those that the model is given need no prediction": loss(
             z_of(wanted=~mask), known
@@ -174,13 +172,8 @@ def _loss_mistakes(model: MAR, latents, labels, drawn: Drawn) -> Iterator[tuple[
         ),
         "compares with the known tokens; the target are the hidden ones": loss(z, known),
         "has z of all places, and the head mixes them up; it is wanted where tokens are hidden": (
-            model.diffloss.rows(
-                hidden.flatten(0, 1),
-                z_of(wanted=everything).flatten(0, 1),
-                repeat=repeat,
-                t=drawn.t,
-                noise=drawn.noise,
-            )["loss"].mean()
+            model.diffloss.rows(hidden.flatten(0, 1), z_of(wanted=everything).flatten(0, 1),
+                                repeat=repeat, t=drawn.t, noise=drawn.noise)["loss"].mean()
         ),
         "asks for z at the known places; it is wanted where tokens are hidden": loss(
             z_of(wanted=~mask), hidden

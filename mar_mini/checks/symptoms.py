@@ -24,10 +24,7 @@ IDEAS = {
     "`recognised` as well",
     ("healthy", "ema lag"): "the two losses are as good as equal, and measured numbers are never "
     "quite equal; leave a margin",
-    (
-        "healthy",
-        "leaking mask",
-    ): "with hidden tokens really hidden the loss is as good as the same, "
+    ("healthy", "leaking mask"): "with hidden tokens really hidden the loss is nearly the same, "
     "and measured numbers are never quite equal; leave a margin",
     ("ema lag", "no positions"): "this z is that of averaged weights, nearly untrained, which "
     "differs little from place to place; without positions it does not differ at all",
@@ -75,8 +72,8 @@ HEALTHY = (
     ({"token_width": 64}, WIDE),
     ({"token_width": 64, "tokens": 1, "z_by_place": 0.0}, WIDE),
     ({"recognised": 0.4, "recognised_trained": 0.4},
-     "hardly recognised, but its tokens are narrow and no other number is off: this model is young, "
-     "and wide tokens are wide; look at `token_width` as well"),
+     "hardly recognised, but its tokens are narrow and no other number is off: this model is young,"
+     " and wide tokens are wide; look at `token_width` as well"),
 )  # fmt: skip
 
 
