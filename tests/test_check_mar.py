@@ -146,7 +146,7 @@ def scaled(factor):
         (encoder_told(torch.zeros_like), "shows the encoder what it should hide: its mask"),
         (encoder_told(torch.logical_not), "shows the encoder what it should hide, and hides"),
         (with_masks(hide=torch.zeros_like), "encoder and the decoder what they should"),
-        (with_parts(lambda m, tokens, z, t, d: head(m, t, z, d, repeat=2)), "do not fit|Type-check"),
+        (with_parts(lambda m, tokens, z, t, d: head(m, t, z, d, repeat=2)), "not fit|Type-check"),
         (with_masks(wanted=torch.logical_not), "asks for z at the known places"),
         (known_only, "trains on the known tokens"),
         (with_parts(known_as_target), "the target are the hidden ones"),
