@@ -114,8 +114,7 @@ class MyHead(DiffLoss):
         """Your loss, with `repeat` noise levels for each token: rows (N, C) -> (N * repeat, C)."""
         target, z = target.repeat(repeat, 1), z.repeat(repeat, 1)
         t, noise = self.draw(len(target), generator, t, noise)
-        counts = torch.ones(len(target), dtype=torch.bool)  # all rows are hidden tokens
-        return masked_loss(self, target, z, counts, t=t, noise=noise)
+        return masked_loss(self, target, z, torch.ones(len(target)).bool(), t=t, noise=noise)
 
 
 # %% [markdown]
@@ -404,8 +403,7 @@ def overfit(latents, labels, learns, steps=120):
 
 # %%
 half = masking.mask_by_order(masking.random(4, 4, 16, generator), 8)  # 8 of 16 tokens hidden
-fixed = build().draw(16, generator, mask=half)
-few, classes = images[:16], labels[:16]
+few, classes, fixed = images[:16], labels[:16], build().draw(16, generator, mask=half)
 runs = {
     "as it should be": overfit(few, classes, lambda name: True),
     "classes of others": overfit(few, classes.roll(1), lambda name: True),
