@@ -115,6 +115,19 @@ def frozen(model, latents, labels, *, drawn):
         return loss(model, latents, labels, drawn)
 
 
+def encoder_told(hide):
+    """The encoder alone hides other places."""
+
+    def wrong(model, latents, labels, *, drawn):
+        tokens, labels = model.patchify(latents), labels.masked_fill(drawn.dropped, -1)
+        z = model.forward_decoder(
+            model.forward_encoder(tokens, hide(drawn.mask), labels), drawn.mask, drawn.mask
+        )
+        return head(model, masking.keep(tokens, drawn.mask).flatten(0, 1), z.flatten(0, 1), drawn)
+
+    return wrong
+
+
 def scaled(factor):
     return lambda m, x, y, *, drawn: loss(m, x, y, drawn) * factor(drawn)
 
@@ -130,6 +143,10 @@ def scaled(factor):
         (with_drawn(mask=lambda d: d.mask[:1].expand_as(d.mask)), "first row's mask"),
         (with_masks(hide=torch.logical_not), "shows the hidden ones"),
         (with_masks(hide=torch.ones_like), "shows the encoder nothing"),
+        (encoder_told(torch.zeros_like), "shows the encoder what it should hide: its mask"),
+        (encoder_told(torch.logical_not), "shows the encoder what it should hide, and hides"),
+        (with_masks(hide=torch.zeros_like), "encoder and the decoder what they should"),
+        (with_parts(lambda m, tokens, z, t, d: head(m, t, z, d, repeat=2)), "not fit|Type-check"),
         (with_masks(wanted=torch.logical_not), "asks for z at the known places"),
         (known_only, "trains on the known tokens"),
         (with_parts(known_as_target), "the target are the hidden ones"),
@@ -217,6 +234,10 @@ def whole(averaged, current, num_averaged, *, decay, window):
         (shares(lambda n, d, w: min(1 - d, 1 - 1 / (1 + w * n))), "takes 1 - decay for decay"),
         (shares(lambda n, d, w: d * (1 - 1 / (1 + w * n))), "take the smaller"),
         (shares(lambda n, d, w: min(d, 1 - 1 / (w * n))), "divides by zero"),
+        (shares(lambda n, d, w: right_share(n - 1, d, w)), "not n - 1"),
+        (shares(lambda n, d, w: right_share(max(n - 1, 0), d, w)), "not max"),
+        (shares(lambda n, d, w: min(d, 1 - 1 / (w * n)) if n else 0), "leaves out the 1"),
+        (shares(lambda n, d, w: min(d, 1 / (w * n)) if n else d), "takes 1 / .window"),
         (shares(lambda n, d, w: 0), "copies the current weights"),
         (renamed, "changed nothing"),
         (relisted, "new tensors into the list"),
@@ -240,12 +261,12 @@ def right_step(model, optimiser, loss, average, *, rate, grad_clip):
     nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     optimiser.step()
     average(model)
-    return value.item()
+    return value.detach()
 
 
 def twice(model, optimiser, loss, average, **settings):
     right_step(model, optimiser, loss, average, **settings)
-    return loss().item()
+    return loss().detach()
 
 
 def no_average(model, optimiser, loss, average, **settings):
@@ -280,6 +301,22 @@ def clips_too_early(model, optimiser, loss, average, *, rate, grad_clip):
     return right_step(model, optimiser, loss, average, rate=rate, grad_clip=1e9)
 
 
+def clips_at(limit):
+    def wrong(model, optimiser, loss, average, *, rate, grad_clip):
+        return right_step(model, optimiser, loss, average, rate=rate, grad_clip=limit)
+
+    return wrong
+
+
+def returns(what):
+    """A right step that returns something else."""
+
+    def wrong(model, optimiser, loss, average, **settings):
+        return what(right_step(model, optimiser, loss, average, **settings), loss)
+
+    return wrong
+
+
 NEVER = [idea for idea in check.STEP_MISTAKES if "nothing was trained" in idea]
 
 
@@ -301,6 +338,12 @@ def test_training_step_names_what_it_knows(idea):
         (other_loss, "the loss that training_step returns is"),
         (clips_higher, "'s weights, one after the other"),
         (clips_too_early, "without clipping"),
+        (clips_at(1.0), "ignores grad_clip"),
+        (clips_at(3.0), "ignores grad_clip"),
+        (clips_at(8), "ignores grad_clip"),
+        (clips_at(1e9), "without clipping"),
+        (returns(lambda value, loss: value.item()), "of type float, expected the tensor"),
+        (returns(lambda value, loss: loss), "returns the function `loss`"),
     ],
 )
 def test_training_step(wrong, message):
@@ -330,7 +373,7 @@ def test_right_solutions_pass():
     def clears_after(model, optimiser, loss, average, **settings):
         value = right_step(model, optimiser, loss, average, **settings)
         optimiser.zero_grad()
-        return torch.tensor(value)
+        return value
 
     for name, solutions in {
         "training_loss": (by_hand, by_where, MAR.forward),

@@ -43,8 +43,9 @@ def _batch(model: MAR, hidden: int, dropped: list[bool]) -> tuple[Tensor, Tensor
 def training_loss(candidate):
     model = _model()
     # 8 of 16 hidden: as many as are known, so that taking one for the other shows by its value
-    for hidden, dropped in (
-        (8, [False, True, False]), (13, [False] * 5), (1, [True, False]), (16, [False, True]),
+    for hidden, dropped, model.diffusion_batch_mul in (
+        (8, [False, True, False], 2), (13, [False] * 5, 3), (1, [True, False], 2),
+        (16, [False, True], 2),
     ):  # fmt: skip
         latents, labels, drawn = _batch(model, hidden, dropped)
         what = f"training_loss with {hidden} of 16 tokens hidden"
@@ -68,9 +69,19 @@ def training_loss(candidate):
 def _loss(candidate, model: MAR, latents: Tensor, labels: Tensor, drawn: Drawn, what: str):
     given = {"latents": latents.clone(), "labels": labels.clone()}
     masks = drawn.mask.clone(), drawn.dropped.clone()
+    hidden = []  # what the encoder was told to hide
+
+    def forward_encoder(x, mask, labels):
+        hidden.append(mask)
+        return MAR.forward_encoder(model, x, mask, labels)
+
+    model.forward_encoder = forward_encoder
     try:
         got = candidate(model, given["latents"], given["labels"], drawn=drawn)
     except Exception as error:
+        if any(isinstance(x, Tensor) and not (x.bool() & drawn.mask).any() for x in hidden):
+            raise Failed(f"{what} shows the encoder what it should hide: its mask is drawn.mask, "
+                         f"True where a token is hidden ({error})") from error  # fmt: skip
         rows = len(drawn.t) // model.diffusion_batch_mul
         if any(word in str(error) for word in ("size", "shape", "dimension", "expand")):
             raise Failed(
@@ -79,6 +90,8 @@ def _loss(candidate, model: MAR, latents: Tensor, labels: Tensor, drawn: Drawn, 
                 f"repeat = model.diffusion_batch_mul times as many ({error})"
             ) from error
         raise
+    finally:
+        del model.forward_encoder
     if not torch.equal(given["labels"], labels):
         raise Failed(f"{what} changed the labels it was given: masked_fill, without an underscore, "
                      "makes new ones")  # fmt: skip
@@ -118,6 +131,8 @@ def _loss_mistakes(model: MAR, latents, labels, drawn: Drawn) -> Iterator[tuple[
         "shows the encoder nothing at all: it reads the known tokens": loss(
             z_of(hide=everything), hidden
         ),
+        "shows the encoder and the decoder what they should hide, so that nothing is left to "
+        "predict: True means hidden": loss(z_of(hide=mask & False), hidden),
         "uses the first row's mask for all images; each has its own": loss(
             z_of(hide=first_row, wanted=first_row), masking.keep(tokens, first_row)
         ),
@@ -144,6 +159,10 @@ def _loss_mistakes(model: MAR, latents, labels, drawn: Drawn) -> Iterator[tuple[
     yield from {
         "hides the known tokens and shows the hidden ones: True means hidden": loss(
             z_of(hide=~mask), hidden
+        ),
+        "shows the encoder what it should hide, and hides what is known: its mask is drawn.mask": (
+            loss(model.forward_decoder(model.forward_encoder(tokens, ~mask, told), mask, mask),
+                 hidden)
         ),
         "trains on the known tokens: those that the model is given need no prediction": loss(
             z_of(wanted=~mask), known
@@ -238,6 +257,18 @@ def _average_mistakes(before, current, n, decay, window) -> dict[str, Tensor]:
         "counts this step as averaged already; n counts the steps before it": (
             min(decay, 1 - 1 / (1 + window * (n + 1)))
         ),
+        "counts one step too few: n is the number of steps before this one, not n - 1": (
+            min(decay, 1 - 1 / (1 + window * (n - 1)))
+        ),
+        "counts one step too few: n is the number of steps before this one, not max(n - 1, 0)": (
+            min(decay, 1 - 1 / (1 + window * max(n - 1, 0)))
+        ),
+        "leaves out the 1 that is added to window * n: k is 1 - 1 / (1 + window * n)": (
+            min(decay, 1 - 1 / (window * n)) if n else 0
+        ),
+        "takes 1 / (window * n) for k; it is 1 - 1 / (1 + window * n)": (
+            min(decay, 1 / (window * n)) if n else decay
+        ),
         "forgets the window: n is multiplied by it": min(decay, 1 - 1 / (1 + n)),
         "divides by the window; n is multiplied by it": min(decay, 1 - 1 / (1 + n / window)),
         "takes the share 1 / (1 + window * n) for k; it is one minus that": (
@@ -291,12 +322,12 @@ class _Problem:
             window=1.0,
         )  # fmt: skip
 
-    def run(self, step_function: Callable, steps: int = 5) -> list:
+    def run(self, step_function: Callable, grad_clip: float = 8) -> list:
         returned = []
-        for self.step in range(steps):
+        for self.step in range(5):
             rate = (0.02, 0.1, 0.05, 0.2, 0.01)[self.step]
             returned.append(step_function(
-                self.model, self.optimiser, self.loss, self.average, rate=rate, grad_clip=8
+                self.model, self.optimiser, self.loss, self.average, rate=rate, grad_clip=grad_clip
             ))  # fmt: skip
         return returned
 
@@ -313,14 +344,23 @@ def training_step(candidate):
     want = theirs.run(training.training_step)
     if mine.calls > theirs.calls:
         raise Failed("training_step computes the loss more than once in a step: that costs twice, "
-                     "and after the step it is another")  # fmt: skip
+                     "and after the step it is another; keep the first, for backward and to return "
+                     "it")  # fmt: skip
     if mine.averages != theirs.averages:
         raise Failed(f"training_step calls `average` {mine.averages} times in five steps, expected "
                      "once in each")  # fmt: skip
+    other_limit = _Problem()
+    other_limit.run(candidate, grad_clip=TINY)
+    ignores = torch.equal(mine.weights(), other_limit.weights())
     for idea, wrong in STEP_MISTAKES.items():
-        other = _Problem()
+        other, other_tiny = _Problem(), _Problem()
         other.run(wrong)
-        refuse_mistakes(mine.weights(), theirs.weights(), {idea: other.weights()}, what)
+        other_tiny.run(wrong, grad_clip=TINY)
+        # what knows no limit is only taken for a mistake that knows none either
+        if ignores == torch.equal(other.weights(), other_tiny.weights()):
+            refuse_mistakes(mine.weights(), theirs.weights(), {idea: other.weights()}, what)
+    if ignores:
+        raise Failed("training_step ignores grad_clip: with another limit the weights are the same")
     close(mine.weights(), theirs.weights(), f"{what}'s weights, one after the other,")
     averages = [_flat(list(p.averaged.parameters())) for p in (mine, theirs)]
     early = _Problem()
@@ -332,10 +372,15 @@ def training_step(candidate):
     for value, expected in zip(returned, want, strict=True):
         if value is None:
             raise Failed("training_step returns None, expected the loss")
-        if isinstance(value, Tensor) and value.requires_grad:
+        if callable(value) and not isinstance(value, Tensor):
+            raise Failed("training_step returns the function `loss`, expected what it gave")
+        if not isinstance(value, Tensor):
+            raise Failed(f"training_step returns a value of type {type(value).__name__}, expected "
+                         "the tensor, detached: whoever calls it wants value.item()")  # fmt: skip
+        if value.requires_grad:
             raise Failed("training_step returns a loss that holds on to the whole graph of its "
                          "step: detach it")  # fmt: skip
-        close(float(value), float(expected), "the loss that training_step returns")
+        close(value, float(expected), "the loss that training_step returns")
 
 
 def _step(
@@ -396,6 +441,15 @@ def _by_hand(model, optimiser, loss, average, *, rate, grad_clip) -> None:
     average(model)
 
 
+def _step_twice(model, optimiser, loss, average, **settings) -> None:
+    _step(model, optimiser, loss, lambda model: optimiser.step(), **settings)
+    average(model)
+
+
+def _other_norm(parameters, limit) -> None:
+    nn.utils.clip_grad_norm_(parameters, limit, norm_type=1)
+
+
 def _clip_each(parameters, limit) -> None:
     for parameter in parameters:
         nn.utils.clip_grad_norm_([parameter], limit)
@@ -411,6 +465,7 @@ def _with(**settings) -> Callable:
     return lambda *args, **given: _step(*args, **given, **settings)
 
 
+TINY = 1e-9  # a limit for gradients at which even AdamW, which divides by their size, hardly moves
 STEP_MISTAKES = {
     "has the weights it began with, nothing was trained: clear the gradients, then backward, then "
     "optimiser.step()": lambda *args, **given: None,
@@ -441,5 +496,8 @@ STEP_MISTAKES = {
         _with(groups=slice(-1, None))
     ),
     "takes each step with the gradients of the step before: backward comes first": _step_too_early,
+    "has taken two steps with each gradient; call optimiser.step() once": _step_twice,
+    "was trained with the sum of all absolute values limited (norm_type=1); the usual norm is that "
+    "of clip_grad_norm_ without it": _with(clip=_other_norm),
     "was trained by subtracting the gradient; leave the change to optimiser.step()": _by_hand,
 }
