@@ -20,8 +20,8 @@ JUPYTER = Path(__file__).parent / "viz" / "jupyter"  # a page template, and sett
 SAMPLE_TAG = "sample-grid"
 CELL_TIMEOUT = 1800  # seconds; well above any budget, so that only a hanging cell meets it
 BUDGETS = {  # seconds on a laptop's CPU, by chapter number
-    "00": 40, "01": 20, "02": 100, "03": 60, "04": 70, "05": 40,
-    "06": 40, "07": 110, "08": 60, "09": 40, "10": 20,
+    "00": 40, "01": 20, "02": 60, "03": 60, "04": 60, "05": 40,
+    "06": 50, "07": 130, "08": 70, "09": 40, "10": 30,
 }  # fmt: skip
 
 
