@@ -559,7 +559,7 @@ reach = range(1, 1001)
 left = {"k = 0.9999": share_left(1000, 1e9), "window of a tenth": share_left(1000, 0.1)}
 alt = "Two lines from 1: one falls to 0.9 in 1,000 steps, one to 0 within a few"
 fig.show(fig.curves({name: (reach, share) for name, share in left.items()},
-                    xlabel="step", ylabel="share of the weights after step 1", alt=alt))
+                    xlabel="step", ylabel="share of step 1's weights", alt=alt))
 for name, share in left.items():
     print(f"{name:17}: after 10 steps {share[9]:.1%}, after 900 {share[899]:.1%} are left")
 print(f"k = 0.9999 after 100,000 steps: {0.9999**100_000:.3%}")

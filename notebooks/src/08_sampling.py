@@ -51,6 +51,7 @@ def seeded(offset=0):
 
 # %%
 photos, digits = load_pretrained("cifar10"), load_pretrained("digits")
+L, C = photos.mar.seq_len, photos.mar.token_embed_dim
 frames = list(photos.sample([7], generator=torch.Generator().manual_seed(3)))
 fig.show(fig.filmstrip(frames, alt="A horse grows in 16 steps"))
 frames = list(digits.sample([3], num_iter=5, generator=torch.Generator().manual_seed(4)))
@@ -147,9 +148,6 @@ one_step = check.one_step(one_step)
 # The loop begins with nothing and takes your step until nothing is masked.
 
 # %%
-L, C = photos.mar.seq_len, photos.mar.token_embed_dim
-
-
 def from_nothing(labels, num_iter, cfg, generator, **settings):
     order = masking.random(4, 4, len(labels), generator)
     tokens = torch.zeros(len(labels), L, C)
@@ -317,20 +315,10 @@ for row in ("no guidance", "default"):
 # more alike. *Predict first:* what do eight pictures of one class look like at 0?
 
 # %% tags=["claim"]
-def plot(lines):
-    """Each line: how a point is called in the figure -> its row in the table."""
-    lines = {
-        name: [(label, table[row]["seconds"], table[row]["distance"]) for label, row in x.items()]
-        for name, x in lines.items()
-    }
-    for name, points in lines.items():
-        print(f"{name}:", *(f"{at}: {d:.0f} in {t:.0f} s;" for at, t, d in points))
-    fig.show(fig.trade_off(lines, error=CHANCE / 2**0.5, ylabel="distance",
-                           xlabel="processor seconds for 1,000 images"))  # fmt: skip
-
-
 grid(torch.full((8,), 7), {f"{t:g}": {"temperature": t} for t in (0.0, 0.9, 1.0, 1.1)})
-plot({"temperature": {"0.9": "temperature 0.9", "0.95": "default", "1": "temperature 1"}})
+rows = {"0.9": "temperature 0.9", "0.95 (default)": "default", "1": "temperature 1"}
+fig.show(fig.ranking({name: [table[row]["distance"]] for name, row in rows.items()},
+                     xlabel="distance", floor=FLOOR))  # fmt: skip
 spreads = {}
 for t in (0.0, 1.0):
     drawn = digits.generate(asked, cfg=1.0, temperature=t, num_sampling_steps=15,
@@ -354,7 +342,19 @@ assert spreads[0.0] < 0.5 * spreads[1.0]
 # *Predict first:* what goes wrong with 1 step, and how many of 16 are needed?
 
 # %%
-grid(classes, {f"{n} steps": {"num_iter": n} for n in (1, 2, 4, 16)})
+def plot(lines):
+    """Each line: how a point is called in the figure -> its row in the table."""
+    lines = {
+        name: [(label, table[row]["seconds"], table[row]["distance"]) for label, row in x.items()]
+        for name, x in lines.items()
+    }
+    for name, points in lines.items():
+        print(f"{name}:", *(f"{at}: {d:.0f} in {t:.0f} s;" for at, t, d in points))
+    fig.show(fig.trade_off(lines, error=CHANCE / 2**0.5, ylabel="distance",
+                           xlabel="processor seconds for 1,000 images"))  # fmt: skip
+
+
+grid(classes, {f"{n} iter.": {"num_iter": n} for n in (1, 2, 4, 16)})
 plot({"iterations": {"4": "4 iterations", "8": "8 iterations", "16": "default"}})
 
 # %% [markdown]
