@@ -20,8 +20,8 @@ JUPYTER = Path(__file__).parent / "viz" / "jupyter"  # a page template, and sett
 SAMPLE_TAG = "sample-grid"
 CELL_TIMEOUT = 1800  # seconds; well above any budget, so that only a hanging cell meets it
 BUDGETS = {  # seconds on a laptop's CPU, by chapter number
-    "00": 40, "01": 20, "02": 60, "03": 60, "04": 60, "05": 40,
-    "06": 50, "07": 130, "08": 70, "09": 40, "10": 30,
+    "00": 50, "01": 14, "02": 54, "03": 48, "04": 45, "05": 17,
+    "06": 43, "07": 175, "08": 88, "09": 33, "10": 33,
 }  # fmt: skip
 
 

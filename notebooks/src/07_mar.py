@@ -16,7 +16,7 @@
 # - a training step, and with it a model that writes digits,
 # - a doctor: numbers of a training that went wrong in, the cause out.
 #
-# **Reading** 45 min, **exercises** 45 min, **CPU** 90 s. **Needs** chapters 3 (diffusion), 4
+# **Reading** 45 min, **exercises** 45 min, **CPU** 170 s. **Needs** chapters 3 (diffusion), 4
 # (diffusion head), 5 (encoder and decoder) and 6 (masks).
 
 # %%

@@ -15,7 +15,7 @@
 # - a schedule for guidance,
 # - in-painting: some tokens are given, the model fills the hole.
 #
-# **Reading** 25 min, **exercises** 32 min, **CPU** 60 s. **Needs** chapters 4 (the head), 5
+# **Reading** 25 min, **exercises** 32 min, **CPU** 85 s. **Needs** chapters 4 (the head), 5
 # (encoder and decoder) and 6 (orders, tokens per step).
 
 # %%
@@ -294,13 +294,26 @@ assert shares[3.0] > shares[1.0] + 0.02
 # photographs. The dashed line is the floor, what real photographs reach.
 
 # %%
+def plot(lines):
+    """Each line: how a point is called in the figure -> its row in the table."""
+    lines = {
+        name: [(label, table[row]["seconds"], table[row]["distance"]) for label, row in x.items()]
+        for name, x in lines.items()
+    }
+    for name, points in lines.items():
+        print(f"{name}:", *(f"{at}: {d:.0f} in {t:.0f} s;" for at, t, d in points))
+    fig.show(fig.trade_off(lines, error=CHANCE / 2**0.5, ylabel="distance",
+                           xlabel="processor seconds for 1,000 images"))  # fmt: skip
+
+
 rows = {"none": "no guidance", "3": "guidance 3", "4.5 (default)": "default", "7": "guidance 7",
         "4.5, linear": "guidance 4.5, linear", "4.5, first quarter": "guidance up to 1/4 known",
         "4.5, after that": "guidance from 1/4 known"}  # fmt: skip
 fig.show(fig.ranking({name: [table[row]["distance"]] for name, row in rows.items()},
                      xlabel="distance", floor=FLOOR))
-for row in ("no guidance", "default"):
-    print(f"{row}: {table[row]['seconds']:.0f} processor seconds")
+plot({"constant": {"none": "no guidance", "3 to 7": "guidance 3"},
+      "linear": {"4.5": "guidance 4.5, linear"},
+      "not at first": {"4.5": "guidance from 1/4 known"}})  # fmt: skip
 
 # %% [markdown]
 # Guidance doubles the batch and so nearly the time. From 1 to 3 the distance falls by 73; from 3 to
@@ -316,9 +329,7 @@ for row in ("no guidance", "default"):
 
 # %% tags=["claim"]
 grid(torch.full((8,), 7), {f"{t:g}": {"temperature": t} for t in (0.0, 0.9, 1.0, 1.1)})
-rows = {"0.9": "temperature 0.9", "0.95 (default)": "default", "1": "temperature 1"}
-fig.show(fig.ranking({name: [table[row]["distance"]] for name, row in rows.items()},
-                     xlabel="distance", floor=FLOOR))  # fmt: skip
+plot({"temperature": {"0.9": "temperature 0.9", "0.95": "default", "1": "temperature 1"}})
 spreads = {}
 for t in (0.0, 1.0):
     drawn = digits.generate(asked, cfg=1.0, temperature=t, num_sampling_steps=15,
@@ -342,18 +353,6 @@ assert spreads[0.0] < 0.5 * spreads[1.0]
 # *Predict first:* what goes wrong with 1 step, and how many of 16 are needed?
 
 # %%
-def plot(lines):
-    """Each line: how a point is called in the figure -> its row in the table."""
-    lines = {
-        name: [(label, table[row]["seconds"], table[row]["distance"]) for label, row in x.items()]
-        for name, x in lines.items()
-    }
-    for name, points in lines.items():
-        print(f"{name}:", *(f"{at}: {d:.0f} in {t:.0f} s;" for at, t, d in points))
-    fig.show(fig.trade_off(lines, error=CHANCE / 2**0.5, ylabel="distance",
-                           xlabel="processor seconds for 1,000 images"))  # fmt: skip
-
-
 grid(classes, {f"{n} iter.": {"num_iter": n} for n in (1, 2, 4, 16)})
 plot({"iterations": {"4": "4 iterations", "8": "8 iterations", "16": "default"}})
 

@@ -15,7 +15,7 @@
 # - a plan that fits a run into the memory of a given GPU,
 # - the effective batch of many processes, and the learning rate that goes with it.
 #
-# **Reading** 25 min, **exercises** 32 min, **CPU** 20 s. **Needs** chapters 3 to 7, and 9.
+# **Reading** 25 min, **exercises** 32 min, **CPU** 30 s. **Needs** chapters 3 to 7, and 9.
 
 # %%
 import json
