@@ -311,7 +311,7 @@ rows = {"none": "no guidance", "3": "guidance 3", "4.5 (default)": "default", "7
         "4.5, after that": "guidance from 1/4 known"}  # fmt: skip
 fig.show(fig.ranking({name: [table[row]["distance"]] for name, row in rows.items()},
                      xlabel="distance", floor=FLOOR))
-plot({"constant": {"none": "no guidance", "3 to 7": "guidance 3"},
+plot({"constant": {"none": "no guidance", "3": "guidance 3"},
       "linear": {"4.5": "guidance 4.5, linear"},
       "not at first": {"4.5": "guidance from 1/4 known"}})  # fmt: skip
 
