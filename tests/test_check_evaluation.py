@@ -82,6 +82,13 @@ def diagonal(means, c, d):
     return means + (c.diagonal().sqrt() - d.diagonal().sqrt()).square().sum()
 
 
+def centred_in_place(a, b):
+    a = a.double()
+    mean = a.mean(0)
+    a -= mean
+    return right(a + mean, b)
+
+
 def biased(a, b):
     means, c, d = parts(a, b)
     c, d = c * (len(a) - 1) / len(a), d * (len(b) - 1) / len(b)
@@ -174,6 +181,7 @@ def in_place(a, b):
         (correlations, "takes correlations"),
         (lambda a, b: right(a, b).sqrt(), "it stays squared"),
         (lambda a, b: right(a, b) / a.shape[1], "divides by the number of features"),
+        (centred_in_place, "changed a tensor it was given"),
         (not_clamped, "clamp them at 0"),
         (still_complex, "take the real part"),
         (in_float32, r"begin with a\.double"),
@@ -273,6 +281,11 @@ def cut_first(real, n, m, *, distance, generator=None):
     return right_floor(real[: n + m], n, m, distance=distance, generator=generator)
 
 
+def by_column(real, n, m, *, distance, generator=None):
+    mixed = torch.stack([x[torch.randperm(len(x), generator=generator)] for x in real.T], 1)
+    return distance(mixed[:n], mixed[n : n + m])
+
+
 def rolled(real, n, m, *, distance, generator=None):
     mixed = real.roll(int(torch.randint(len(real), (1,), generator=generator)), 0)
     return distance(mixed[:n], mixed[n : n + m])
@@ -320,6 +333,7 @@ def rooted(real, n, m, *, distance, generator=None):
         (unshuffled, "takes the first rows in every draw"),
         (of_the_first, "shuffles the first 14 rows alone"),
         (cut_first, "shuffles the first 14 rows alone"),
+        (by_column, "a row is one image"),
         (rolled, "a run of neighbours"),
         (sorted_again, "image 22 never comes into the first set"),
         (lambda *_, distance, generator: right_floor(*_, distance=distance, generator=generator)

@@ -82,6 +82,18 @@ def planned(state=22, gb=1e9, whole=False, together=False):
     return plan
 
 
+def apart(count, image, memory_gb, batch, processes=1):
+    """Memory and state each in whole images."""
+    share = batch // processes
+    micro = divisor(1e9 * memory_gb // image - 22 * count // image, share)
+    return (micro, share // micro) if micro else (0, 0)
+
+
+def not_all(count, image, memory_gb, batch, processes=1):
+    micro, times = planned()(count, image, memory_gb, batch, processes)
+    return micro, max(0, times - 1)
+
+
 def once(count, image, memory_gb, batch, processes=1):
     fits = 1e9 * memory_gb - 22 * count >= image
     return (batch // processes, 1) if fits else (0, 0)
@@ -160,6 +172,8 @@ ACCOUNT = r"expected \(5, 5544\): state is 22 bytes a parameter, 5.5 of the 6 GB
         (sizes(lambda n, _: n % 2 == 0 or n == 1), ACCOUNT),
         (how_many(lambda free, image: round(free / image)), "rounds how many images fit"),
         (how_many(lambda free, image: free // image - 1), "one image too few"),
+        (apart, "subtract the state, then divide"),
+        (not_all, "5 times 5543 images, but the process computes 27720"),
         (how_many(lambda free, image: free // (22 * image)), ACCOUNT),
         (lambda c, i, m, b, p: planned(state=0)(c, i + 22 * c, m, b, p), "state for each image"),
         (planned(gb=9e8), "keeps a tenth of the memory back"),

@@ -197,6 +197,12 @@ def renamed(averaged, current, num_averaged, *, decay, window):
         a = k * a + (1 - k) * p
 
 
+def shared(averaged, current, num_averaged, *, decay, window):
+    for average, weight in zip(averaged, current, strict=True):
+        k = right_share(num_averaged, decay, window)
+        average.data = k * average + (1 - k) * weight if k else weight
+
+
 def relisted(averaged, current, num_averaged, *, decay, window):
     k = right_share(num_averaged, decay, window)
     averaged[:] = [k * a + (1 - k) * p for a, p in zip(averaged, current, strict=True)]
@@ -241,6 +247,7 @@ def whole(averaged, current, num_averaged, *, decay, window):
         (shares(lambda n, d, w: 0), "copies the current weights"),
         (renamed, "changed nothing"),
         (relisted, "new tensors into the list"),
+        (shared, "the very memory of the current ones"),
         (first_only, "first tensor alone"),
         (the_other_way, "changed the current weights"),
         (on_top, "on top"),

@@ -46,17 +46,15 @@ def by_turn(tokens, now, drawn, order):
     return tokens.scatter(1, index, drawn.reshape(*index.shape))
 
 
-def without_settings(*given, temperature, generator):
-    return stepped(*given, generator=generator)
+def without(*names):
+    def step(*given, **settings):
+        return stepped(*given, **{name: x for name, x in settings.items() if name not in names})
+
+    return step
 
 
-def without_generator(*given, temperature, generator):
-    return stepped(*given, temperature=temperature)
-
-
-def generator_of_its_own(*given, temperature, generator):
-    own = torch.Generator().manual_seed(1)
-    return stepped(*given, temperature=temperature, generator=own)
+def generator_of_its_own(*given, generator, **settings):
+    return stepped(*given, **settings, generator=torch.Generator().manual_seed(1))
 
 
 def guided_z(z, z_uncond):
@@ -136,6 +134,12 @@ def of_length_16(model, labels, tokens, mask, order, num_masked, cfg, **settings
     return new, still
 
 
+def from_the_back(model, labels, tokens, mask, order, num_masked, cfg, **settings):
+    """Counts from the back, which for 0 is everything."""
+    new, _ = sampling.one_step(model, labels, tokens, mask, order, num_masked, cfg, **settings)
+    return new, torch.zeros_like(mask).scatter(1, order[:, -num_masked:], True)
+
+
 def decoder_later(model, labels, tokens, mask, order, num_masked, cfg, **settings):
     still = masking.mask_by_order(order, num_masked)
     x = model.forward_encoder(tokens, mask, labels)
@@ -183,9 +187,11 @@ def first_places(now):
         (but(both=lambda z, zu: (zu, zu)), "has no class at all"),
         (but(none=lambda y: 0 * y), "takes class 0 for `no class`"),
         (but(both=guided_z), "guides z itself"),
-        (but(weight=lambda cfg: 1.0), "hand the head both z, and cfg"),
-        (without_settings, "leaves out the settings"),
-        (without_generator, "draws nothing from the generator"),
+        (but(weight=lambda cfg: 1.0), "both z, but not cfg as it came"),
+        (without("temperature", "clip"), "leaves out the settings"),
+        (without("temperature"), "leaves out the temperature"),
+        (without("clip"), "leaves out `clip`"),
+        (without("generator"), "draws nothing from the generator"),
         (generator_of_its_own, "draws nothing from the generator in `settings`"),
         (but(under=lambda mask, still: still), "tokens to predict are known"),
         (but(seen=lambda tokens: 0 * tokens), "forgets what is known"),
@@ -217,7 +223,8 @@ def first_places(now):
         (by_keyword, "it calls them x, mask, labels"),
         (all_masked, "those alone whose turn it is"),
         (not_flat, "flatten the first two axes"),
-        (doubled_alone, "lets the head draw 30 tokens, expected 15"),
+        (doubled_alone, "lets the head draw 30 tokens, expected 15: each once"),
+        (from_the_back, "masks everything: a slice that begins at -0"),
         (but(after=lambda still, mask, now: mask), "is the one from before"),
         (but(after=lambda still, mask, now: now), "marks the tokens that this step predicts"),
         (but(after=lambda still, mask, now: ~still), "is upside down"),

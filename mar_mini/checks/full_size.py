@@ -111,6 +111,7 @@ RUNS = [
     (30_000_000, 2.3e7, 2.0, 960, 3), (10_000_000, 1e7, 4.0, 96, 4), (12_000_000, 1e7, 0.5, 630, 2),
     (10_000_000, 1e7, 0.2299, 2048, 1), (1_000_000_000, 1e8, 12.0, 64, 1),
     (10_000_000, 1e8, 0.35, 64, 1), (62_500_000, 6.25e7, 1.5, 64, 1),
+    (5_000_000, 1e8, 1.0, 9, 1),
 ]  # fmt: skip
 
 
@@ -147,6 +148,9 @@ def plan_run(candidate):
     for run, plan, right, words in zip(RUNS, got, want, what, strict=True):
         count, image, memory, batch, processes = run
         if isinstance(plan, tuple) and plan != right and all(type(x) is int for x in plan):
+            if len(plan) == 2 and plan[0] > 0 and plan[0] * plan[1] != batch // processes:
+                raise Failed(f"{words} is {plan}: {plan[0]} times {plan[1]} images, but the process "
+                             f"computes {batch // processes} in a step")  # fmt: skip
             raise Failed(
                 f"{words} is {plan}, expected {right}: state is 22 bytes a parameter, "
                 f"{22 * count / 1e9:g} of the {memory:g} GB; an image takes {image / 1e9:g} GB, "
@@ -212,6 +216,9 @@ def _plan_ideas(
         "would be lost": (any_size, share // any_size) if most else (0, 0),
         "has a micro batch that does not divide the process's share; the last one would be "
         "smaller": (any_size, -(-share // any_size)) if most else (0, 0),
+        "rounds memory and state to images one by one: subtract the state, then divide": (
+            _fit(math.floor(1e9 * memory / image) - math.floor(22 * count / image), share)
+        ),
         "rounds how many images fit; a part of one does not": _fit(round(free / image), share),
         "leaves out what fits to the byte: with `<` the last image has no place": (
             _largest([n for n in _divisors(share) if n * image < free], share)

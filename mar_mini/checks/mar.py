@@ -226,6 +226,9 @@ def _averaged(candidate, before, current, what: str, n: int, **settings) -> Tens
     if not all(torch.equal(a, b) for a, b in zip(given, current, strict=True)):
         raise Failed(f"{what} changed the current weights: they are being trained, write into the "
                      "averaged ones")  # fmt: skip
+    if any(a.data_ptr() == c.data_ptr() for a, c in zip(handed, given, strict=False)):
+        raise Failed(f"{what} makes the averaged weights the very memory of the current ones, "
+                     "which the next step changes: copy the numbers (copy_, lerp_)")  # fmt: skip
     if len(handed) != len(averaged) or any(
         a is not b for a, b in zip(handed, averaged, strict=True)
     ):

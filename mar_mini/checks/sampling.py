@@ -32,7 +32,7 @@ class TraceHead(Head):
         super().__init__()
         seeded = torch.Generator().manual_seed(8)
         self.register_buffer("weight", torch.randn(width, channels, generator=seeded))
-        self.asked = 0
+        self.asked, self.guided = 0, False
 
     def sample(self, z, z_uncond=None, *, cfg=1.0, temperature=1.0, clip=None,
                num_sampling_steps=None, solver="ddpm", generator=None):  # fmt: skip
@@ -41,13 +41,13 @@ class TraceHead(Head):
                 raise Failed(f"{name} has shape {tuple(x.shape)}; {ONE_ROW}")
         if z_uncond is not None and len(z_uncond) != len(z):
             raise Failed(f"z has {len(z)} rows and z_uncond {len(z_uncond)}; expected as many")
-        self.asked += len(z)
+        self.asked, self.guided = self.asked + len(z), z_uncond is not None
         drawn = (z @ self.weight).tanh()
         if z_uncond is not None:
             uncond = (z_uncond @ self.weight).tanh()
             drawn = uncond + cfg * (drawn - uncond)
         noise = draw_noise(len(z), drawn.shape[1], generator, drawn)
-        return drawn + temperature * noise
+        return drawn + temperature * noise + (0.0 if clip is None else clip)
 
 
 class TraceMAR(MAR):
@@ -144,7 +144,7 @@ def _try_step(candidate, model, labels, tokens, mask, order, num_masked, cfg, te
     given = {"labels": labels, "tokens": tokens, "mask": mask, "order": order}
     copies = {name: x.clone() for name, x in given.items()}
     seeded, model.diffloss.asked = torch.Generator().manual_seed(1), 0
-    settings = {"temperature": temperature, "generator": seeded}
+    settings = {"temperature": temperature, "clip": 0.3, "generator": seeded}
     global_state = torch.random.get_rng_state()
     got = candidate(model, *copies.values(), num_masked, cfg, **settings)
     for name, x in given.items():
@@ -162,18 +162,22 @@ def _try_step(candidate, model, labels, tokens, mask, order, num_masked, cfg, te
     if model.diffloss.asked == 0:
         raise Failed(f"{what} does not ask the head: model.diffloss.sample draws the tokens")
     if model.diffloss.asked != now.sum():
+        twice = model.diffloss.asked == 2 * now.sum()
         raise Failed(
-            f"{what} lets the head draw {model.diffloss.asked} tokens, expected "
-            f"{int(now.sum())}: those alone whose turn it is"
+            f"{what} lets the head draw {model.diffloss.asked} tokens, expected {int(now.sum())}: "
+            + ("each once, in one call with both z" if twice else "those alone whose turn it is")
         )
 
     def z(labels=labels, tokens=tokens, mask=mask, wanted=now):
         x = model.forward_encoder(tokens, mask, labels)
         return model.forward_decoder(x, mask, wanted).flatten(0, 1)
 
-    def head(z, z_uncond, scale=temperature, weight=cfg):
+    guided = model.diffloss.guided
+
+    def head(z, z_uncond, scale=temperature, weight=cfg, clip=0.3):
+        given = {"cfg": weight, "temperature": scale, "clip": clip}
         seeded = torch.Generator().manual_seed(1)
-        return model.diffloss.sample(z, z_uncond, cfg=weight, temperature=scale, generator=seeded)
+        return model.diffloss.sample(z, z_uncond, **given, generator=seeded)
 
     def filled(z, z_uncond, **changed):
         new = tokens.masked_scatter(now[..., None], head(z, z_uncond, **changed))
@@ -194,9 +198,13 @@ def _try_step(candidate, model, labels, tokens, mask, order, num_masked, cfg, te
     first = now[:1].expand_as(now)
     head_of = torch.zeros_like(now)
     head_of[:, : before - num_masked] = True
-    mistakes = {
+    unguided = (
+        "hands the head both z, but not cfg as it came" if guided else
         "has no guidance: run the model a second time with the label -1 for all images, and hand "
-        "the head both z, and cfg": filled(cond, None),
+        "the head both z, and cfg"
+    )  # fmt: skip
+    mistakes = {
+        unguided: filled(cond, None),
         "swaps z with class and z without: then guidance leads away from the class": (
             filled(uncond, cond)
         ),
@@ -205,9 +213,13 @@ def _try_step(candidate, model, labels, tokens, mask, order, num_masked, cfg, te
         "guides z itself; hand the head both, it guides each prediction of the noise": (
             filled(uncond + cfg * (cond - uncond), None)
         ),
-        "leaves out the settings: hand the temperature on to the head": (
+        "leaves out the settings: hand all of them on to the head": (
+            filled(cond, uncond, scale=1.0, clip=None)
+        ),
+        "leaves out the temperature: hand all settings on to the head": (
             filled(cond, uncond, scale=1.0)
         ),
+        "leaves out `clip`: hand all settings on to the head": filled(cond, uncond, clip=None),
         "tells the encoder that the tokens to predict are known; it must see the mask from before "
         "this step": _or_none(lambda: filled(z(mask=still), z(none, mask=still))),
         "forgets what is known: encode the tokens so far, not empty ones": (
@@ -289,7 +301,10 @@ def _try_mask(got, still: Tensor, mask: Tensor, now: Tensor, first_turns: Tensor
     mistakes = {
         "is the one from before: what was predicted is no longer masked": mask,
         "marks the tokens that this step predicts; expected those still masked after it": now,
-        "is upside down: True means masked": ~still,
+        "masks everything: a slice that begins at -0 is the whole row": (
+            still if still.any() else ~still
+        ),
+        "is upside down: True means masked": ~still if still.any() else still,
         "masks the places whose turn comes first; what is still masked is at the order's end": (
             first_turns
         ),

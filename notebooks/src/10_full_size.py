@@ -15,7 +15,7 @@
 # - a plan that fits a run into the memory of a given GPU,
 # - the effective batch of many processes, and the learning rate that goes with it.
 #
-# **Reading** 25 min, **exercises** 32 min, **CPU** 30 s. **Needs** chapters 3 to 7, and 9.
+# **Reading** 25 min, **exercises** 32 min, **CPU** 30 s. **Needs** chapters 2 to 7, and 9.
 
 # %%
 import json
@@ -84,8 +84,8 @@ print(f"mar_huge: {image:,.0f} times the FLOPs an image, {many:,.0f} times the i
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# To more than a million: each image costs more, and more are seen. (The autoencoder comes on top.)
-# At the end you will turn these dots into hours and money.
+# To more than a million: more images are seen, and of each every parameter works on 15 times as many
+# tokens (see *FLOPs*). At the end you will turn these dots into hours and money.
 #
 # </details>
 #
@@ -96,7 +96,7 @@ print(f"mar_huge: {image:,.0f} times the FLOPs an image, {many:,.0f} times the i
 # (`tests/test_trees.py` compares line by line). A model needs no memory to be looked at: on
 # PyTorch's **meta device** a tensor has a shape and no values.
 #
-# *Predict first:* which part has the most parameters?
+# *Predict first:* which part of a MAR has most parameters: encoder, decoder, head or embeddings?
 
 # %%
 printed = {"MAR": get_config("mar_large_12x1536").mar, "KL-16": get_config("kl16").vae}
@@ -121,8 +121,8 @@ for name, said in claimed.items():
 # <details><summary>Answer</summary>
 #
 # The decoder, by a little: both are stacks of the same blocks, but it has one more linear layer,
-# `decoder_embed`, from the encoder's width to its own. Embeddings are below 1%: the classes, and
-# in no part positions, the mask token and the label "no class". (The paper's sizes are rounded up.)
+# `decoder_embed`, from the encoder's width to its own. Embeddings are below 1%: the classes;
+# positions, the mask token and the label "no class" are listed as "in no part". (The paper's sizes are rounded up.)
 #
 # </details>
 #
@@ -217,8 +217,9 @@ rule = {}
 for name in FULL:
     mar, rows = get_config(name).mar, rows_of(get_config(name).mar)
     rule[name] = {part: 6 * parts[name][part] * rows[part] / 1e9 for part in rows}
-    work = dict(costs.training_work(mar, 2048, parameters=0))  # they add bytes, no FLOPs
+    work = dict(costs.training_work(mar, 2048, parameters=0))  # forward; any batch is as good
     off = {part: 2048e9 * n / (3 * work[part].flops) - 1 for part, n in rule[name].items()}
+    # two products of tokens with tokens, 2 FLOPs each, forward and twice backward
     tokens = 12 * (mar.encoder_depth * mar.encoder_embed_dim * rows["encoder"] ** 2
                    + mar.decoder_depth * mar.decoder_embed_dim * rows["decoder"] ** 2)
     print(f"{name:10} the rule is off by", {part: f"{x:+.1%}" for part, x in off.items()},
@@ -250,14 +251,15 @@ assert abs(off) < 1e-6
 #
 # </details>
 #
-# In all the rule is right within 1%, because two errors cancel. It leaves out attention's products
-# of tokens with tokens, at these widths 2 to 3%. And it counts too much in the head, which embeds z
-# once for all four noise levels, and each noise level once for a whole batch.
+# In all the rule is right within 1%, because errors cancel. It leaves out attention's products of
+# tokens with tokens, at these widths 2 to 3%. It counts too much in the head, which embeds z once
+# for all four noise levels, and each noise level once for a whole batch; and in the decoder, whose
+# last block computes masked tokens alone.
 #
 # ## Memory: what stays, and what grows with the batch
 #
 # *Predict first:* a weight in float32 takes 4 bytes. How many bytes does training need for each
-# parameter, before the first image comes? Measure it in a training that has made a step.
+# parameter, whatever the batch? Measure it in a training that has made a step.
 
 # %% tags=["claim"]
 tiny = MAR(**asdict(get_config("digits").mar))
@@ -305,8 +307,7 @@ for n in (2, 4, 8):
     assert abs(off) < 0.1
 
 # %% [markdown]
-# The formula is too high mostly because of the decoder's last block, which computes masked tokens
-# alone. On a GPU attention keeps less, and bfloat16 halves much of the rest: derived, not measured
+# The formula is too high mostly because of that last block. On a GPU attention keeps less, and bfloat16 halves much of the rest: derived, not measured
 # ([docs/scaling.md](../docs/scaling.md)). What is kept can also be computed again in the backward
 # pass (**gradient checkpointing**): a third more FLOPs, much less memory. Here is a step of 64
 # images on one GPU. *Predict first:* is the state the larger part?
@@ -333,8 +334,8 @@ fig.show(fig.breakdown({name + ", checkpointing" * less: needed(get_config(name)
 #
 # Your GPU is smaller? A step need not be computed in one go. Cut its batch into equal **micro
 # batches**, add up their gradients (**accumulate**), each divided by how many there are, then make
-# one step. As the loss is a mean, the result is the same up to rounding (with weights, if they mask
-# different numbers of tokens).
+# one step. As the loss is a mean, the result is the same up to rounding. (Where micro batches mask
+# different numbers of tokens, each counts by its number.)
 #
 # > **Exercise 2** · difficulty 2 of 3 · importance 3 of 3 · 14 minutes
 # >
@@ -400,9 +401,9 @@ for name in FULL:
 
 # %% [markdown]
 # (0, 0) does not fit: the state of MAR-H alone takes 21 GB. Several GPUs can also share it (*FSDP*,
-# `--strategy fsdp`). Fewer GPUs do not change what is learned, only how long you wait.
+# fully sharded data parallel). Fewer GPUs do not change what is learned, only how long you wait.
 #
-# ## Does a full-size model run here?
+# ## A full-size step, on this machine
 #
 # One block of each kind at MAR-B's width, with random weights: training steps on one image. Time
 # follows from FLOPs, bytes that are moved, and what this machine does in a second. (Undisturbed the
@@ -563,7 +564,7 @@ def alone(batch, rate, steps):
 
 images = open_images("digits", "train")
 image, count = planning.activations(get_config("digits").mar, 1), planning.count(tiny)
-micro, times = plan_run(count, image, 0.013, 48, 2)  # float32 needs no copies: 20 bytes, not 22
+micro, times = plan_run(count, image, 0.013, 48, 2)  # float32 needs 20 bytes: a little room is left
 base = get_config("digits").training.learning_rate * 256 / 48
 numbers = scaled_recipe(micro, times, 2, images=len(images.labels), epochs=0.2, blr=base)
 print(f"2 processes x {times} micro batches of {micro}: batch, learning rate, steps = {numbers}; "
@@ -662,26 +663,28 @@ print(f"64 pixels: {last} at the end of its run, {last[-1] / history['floor']:.1
 # The pictures cannot say. CIFAR-10 shows blotches too after as many images, but at 5% of a long
 # run, its rate nearly full; the 64-pixel run was *over*. Its distance is flat at the end, 3.5 times
 # the floor: it looks stuck. But with cosine decay the rate was near 0 there, so it would be flat in
-# any case. Young is likely; only a longer run can show it, and none was made.
+# any case. Only a longer run can show it, and none was made.
 #
 # </details>
 #
 # ## What would it cost me to train this?
 #
 # The question that people really ask. FLOPs are known; what a device reaches of the FLOP/s on its
-# data sheet is not. But the authors say what 400 epochs of MAR-L took: 2.6 days of 128 V100 (paper;
+# data sheet is not. But the authors say what 400 epochs of MAR-L with a smaller head took: 2.6 days of 128 V100 (paper;
 # 125 TFLOP/s in float16 each), 31 hours of 32 H100 (their README; 989 in bfloat16), or 35 hours of
 # 16, with stored latents. *Predict first:* what share of the data sheet is that?
 
 # %% tags=["claim"]
 encoding = costs.vae_encode(get_config("kl16").vae, 1, 256, 2).flops  # of an image to latents
+theirs = get_config("mar_large")  # of these runs the head had 3 blocks of width 1024
+theirs = replace(theirs, mar=replace(theirs.mar, diffloss_d=3, diffloss_w=1024))
 SAID = [  # where, GPUs, FLOP/s of each (data sheets), hours, images encoded in each epoch
     ("the paper", 16 * 8, 125e12, 2.6 * 24, True),
     ("their code's README", 32, 989e12, 31, True),
     ("the same, latents cached", 16, 989e12, 35, False)]
 shares = []
 for where, gpus, peak, hours, encoded in SAID:
-    flops = spent["mar_large"] + 400 * IMAGENET * encoding * encoded
+    flops = 400 * IMAGENET * (planning.training_flops(theirs) + encoding * encoded)
     shares.append(flops / (gpus * peak * hours * 3600))
     print(f"{where:25} {gpus * hours:5,.0f} GPU hours: {shares[-1]:.0%} of the data sheet")
 print("if images are encoded in every epoch:", {n: f"{encoding / each[n]:+.0%}" for n in FULL})
@@ -691,7 +694,7 @@ assert max(shares) < 2 * min(shares) and min(shares) > 0.1
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# 15% to 23%, on two kinds of GPU. (Their code does more than counted: it computes the head's loss
+# 11% to 16%, on two kinds of GPU. (Their code does more than counted: it computes the head's loss
 # for all tokens, then masks it.)
 #
 # </details>
@@ -725,8 +728,8 @@ print(f"{count:,} parameters, {flops:.1e} FLOPs: {price(flops)}, or "
 print(f"on a GPU of {YOURS} GB: {plan_run(count, image, 0.9 * YOURS, 2048)}")
 
 # %% [markdown]
-# So, honestly: 400 epochs of MAR-B cost 250 to 400 hours of an H100, of MAR-L 560 to 870, of MAR-H
-# 1,130 to 1,760, the models of the famous numbers twice that, **if the first run is the one that
+# So, honestly: 400 epochs of MAR-B cost 370 to 540 hours of an H100, of MAR-L 810 to 1,190, of MAR-H
+# 1,630 to 2,400, the models of the famous numbers twice that, **if the first run is the one that
 # works**. Not counted: encoding (little if done once and cached, else 8 to 34% more), failed runs,
 # searching for settings, sampling 50,000 pictures to judge each. Nobody here has trained one of the
 # three. A CPU can do what this course trained: 142 minutes of one core. In between lies *your*
@@ -747,7 +750,7 @@ print(f"on a GPU of {YOURS} GB: {plan_run(count, image, 0.9 * YOURS, 2048)}")
 # it is given; memory is a state of 22 bytes a parameter plus activations for each image. Micro
 # batches and processes change how long a step takes and where it fits, not what is learned: the
 # effective batch does that, and the learning rate follows it. Hours follow from FLOPs and from the
-# share of the data sheet that is reached: 15% to 23% for the authors.
+# share of the data sheet that is reached: 11% to 16% for the authors.
 #
 # | symbol | in code | module |
 # |---|---|---|
