@@ -38,7 +38,7 @@ def as_table(e: Evidence) -> str:
         "ema lag": e.average_distance > 0.05,
         "latent scale": abs(e.latent_std - 1) > 0.9,
         "no positions": e.z_by_place < 0.01 and e.tokens != 1,
-        "wide tokens": e.tokens == 1 and e.recognised_trained < 0.65,
+        "wide tokens": e.token_width > 40 and e.recognised_trained < 0.65,
     }
     return next((name for name, yes in found.items() if yes), "healthy")
 

@@ -19,7 +19,8 @@ H100, V100 = 989e12, 125e12  # FLOP/s, from the makers' data sheets: dense bfloa
 UTILISATIONS = (0.4, 0.2)
 BATCH_PER_GPU, SHARDS, MEMORY = 64, 8, 72e9
 
-# of MAR-L with the head of the published script, 3 blocks of width 1024, 400 epochs: where it was said, GPUs, their FLOP/s, hours, latents there already or not
+# of MAR-L with the head of the published script, 3 blocks of width 1024, 400 epochs:
+# where it was said, GPUs, their FLOP/s, hours, latents there already or not
 CLAIMS = (
     ("paper", 128, "V100", V100, 2.6 * 24, False),
     ("published code, README", 32, "H100", H100, 31, False),
@@ -87,9 +88,9 @@ def claims() -> str:
 ## What the authors say
 
 For MAR-L with a head of 3 blocks of width 1024, 400 epochs; the authors' claims, not ours (of the
-paper's it is an assumption that its head was that one). The last two columns divide our FLOPs by their
-time. Where the latents were not cached, encoding each image is counted. The published code does
-more than we count: it computes the head's loss for all tokens and then masks it.
+paper's it is an assumption that its head was that one). The last two columns divide our FLOPs by
+their time. Where the latents were not cached, encoding each image is counted. The published code
+does more than we count: it computes the head's loss for all tokens and then masks it.
 
 {table(*rows)}"""
 

@@ -149,8 +149,8 @@ def plan_run(candidate):
         count, image, memory, batch, processes = run
         if isinstance(plan, tuple) and plan != right and all(type(x) is int for x in plan):
             if len(plan) == 2 and plan[0] > 0 and plan[0] * plan[1] != batch // processes:
-                raise Failed(f"{words} is {plan}: {plan[0]} times {plan[1]} images, but the process "
-                             f"computes {batch // processes} in a step")  # fmt: skip
+                raise Failed(f"{words} is {plan}: {plan[0]} times {plan[1]} images, but the "
+                             f"process computes {batch // processes} in a step")  # fmt: skip
             raise Failed(
                 f"{words} is {plan}, expected {right}: state is 22 bytes a parameter, "
                 f"{22 * count / 1e9:g} of the {memory:g} GB; an image takes {image / 1e9:g} GB, "

@@ -65,10 +65,9 @@ fig.show(fig.image_grid(rows, alt="Photographs drawn in 1, 4 and 16 steps: the f
 # Text has a direction, an image has none. MAR (*masked autoregressive*) generates the tokens of an
 # image in **any order**, and several at once.
 #
-# The places of an 8x8 grid of tokens are numbered row by row, from 0 to 63. An **order** is a
-# row of places, first to last: `order[:, 0]` holds the places that are generated first. The tensor
-# says which *place* comes at each turn; the picture shows, for the first image, at which *turn*
-# each
+# The places of an 8x8 grid of tokens are numbered row by row, from 0 to 63. An **order** is a row
+# of places, first to last: `order[:, 0]` holds the places that are generated first. The tensor says
+# which *place* comes at each turn; the picture shows, for the first image, at which *turn* each
 # place comes, counted from 1. (`halton` visits the grid by a sequence that spreads its points;
 # `checkerboard` takes one colour first, each colour at random.)
 #
@@ -280,12 +279,9 @@ my_order = check.my_order(my_order)
 # {{solution my_order}}
 #
 # Is it the order that you meant? If its map looks scrambled, you returned turns (`argsort` twice),
-# or
-# exchanged height and width. Play it with the triangle below the grid. Then choose *drawn by hand*
-# and
-# draw one with the mouse: that is `explorer.order` now. *Predict first:* the small model of digits
-# has
-# seen random orders only. Will it write a 3 in this order?
+# or exchanged height and width. Play it with the triangle below the grid. Then choose *drawn by
+# hand* and draw one with the mouse: that is `explorer.order` now. *Predict first:* the small model
+# of digits has seen random orders only. Will it write a 3 in this order?
 
 # %%
 shown = {"yours": my_order, "spiral": masking.spiral, "centre out": masking.centre_out}
@@ -303,20 +299,18 @@ fig.show(fig.filmstrip(frames, row=0))
 # <details><summary>Answer</summary>
 #
 # It can (one 3 proves little; 500 digits follow). By the chain rule any permutation is a right way
-# to
-# write $p(x_1, ..., x_L)$ as a product, $p(x_a) \, p(x_b | x_a) \, p(x_c | x_a, x_b) \cdots$.
-# Random
-# orders in training taught the model factors with any *few* tokens known; those with many known it
-# never saw (below). It works nevertheless.
+# to write $p(x_1, ..., x_L)$ as a product, $p(x_a) \, p(x_b | x_a) \, p(x_c | x_a, x_b) \cdots$.
+# Random orders in training taught the model factors with any *few* tokens known; those with many
+# known it never saw (below). It works nevertheless.
 #
 # </details>
 #
 # ## Is predicting many tokens at once a lie?
 #
 # Yes. The tokens of one step are drawn independently, each from its own density given what was
-# known *before* the step. To see how much is lost, take a
-# density where everything can be computed: a random landscape on 8x8 tokens of one number, each
-# normal with variance 1. The correlation of two falls with their distance $r$ like $e^{-r / 4}$.
+# known *before* the step. To see how much is lost, take a density where everything can be computed:
+# a random landscape on 8x8 tokens of one number, each normal with variance 1. The correlation of
+# two falls with their distance $r$ like $e^{-r / 4}$.
 #
 # `draw` does what MAR does, with a perfect model: your functions say what each step knows and
 # predicts, and each token gets the right mean and variance, given what is known, and its own noise.
@@ -352,9 +346,8 @@ def draw(order, counts, noise):
 
 
 # %% [markdown]
-# *Predict first:* three landscapes, drawn in 1, 4 and 64 steps from the same noise. What will
-# those of
-# one step look like?
+# *Predict first:* three landscapes, drawn in 1, 4 and 64 steps from the same noise. What will those
+# of one step look like?
 
 # %%
 scattered = masking.random(8, 8, 1, generator)
@@ -369,8 +362,7 @@ fig.show(fig.image_grid(shown, columns=3, titles=titles,
 # <details><summary>Answer</summary>
 #
 # Like noise: each token for itself is right, together they are wrong. With every step more they
-# agree
-# better, and one at a time nothing is lost.
+# agree better, and one at a time nothing is lost.
 #
 # </details>
 #
@@ -455,10 +447,10 @@ assert REACH != 4 or at_8["random, equal steps"] > 1.15 * at_8["random"]
 # <details><summary>Answer</summary>
 #
 # Spiral, then raster: the tokens of one of their steps stand side by side, and neighbours have most
-# to say to each other. A random order and the checkerboard scatter them; later,
-# each has known neighbours that tie it down. The cosine helps random order here: tokens
-# depend on each other most while little is known (the steps one by one). That is no
-# law: raster order loses less in 8 equal steps (last line but one), and where neighbours say little (`REACH = 1`) it gains nothing.
+# to say to each other. A random order and the checkerboard scatter them; later, each has known
+# neighbours that tie it down. The cosine helps random order here: tokens depend on each other most
+# while little is known (the steps one by one). That is no law: raster order loses less in 8 equal
+# steps (last line but one), and where neighbours say little (`REACH = 1`) it gains nothing.
 #
 # </details>
 #
@@ -466,9 +458,8 @@ assert REACH != 4 or at_8["random, equal steps"] > 1.15 * at_8["random"]
 #
 # Nobody knows the true density of photographs. But tiles can be seen: take the squared jumps of
 # colour across the borders of tokens, as multiples of those in real photographs. Guidance is off
-# and temperature 1, since both change the density. *Predict first:* how much of the seams is left when tokens
-# come
-# one at a time?
+# and temperature 1, since both change the density. *Predict first:* how much of the seams is left
+# when tokens come one at a time?
 
 # %%
 def jumps(images):
@@ -528,10 +519,8 @@ assert apart("2, raster", "2, checkerboard") > 3 and apart("2, raster", "2 steps
 # ## Does the order matter?
 #
 # One at a time no order lies, if the model is perfect. Below 500 digits in each order, 16 steps,
-# and
-# the share that a simple classifier (the nearest mean image of a class) takes for the digit that
-# was
-# asked for.
+# and the share that a simple classifier (the nearest mean image of a class) takes for the digit
+# that was asked for.
 
 # %%
 images, labels = data.to_tensors(data.load_images("digits"))
@@ -572,9 +561,8 @@ print(f"chance (95%): each ± {chance / 2:.0f}, a difference ± {chance / 2 * 2 
 # So with these models, one token a step, no effect of the *sampling* order could be seen.
 #
 # In *training* the order matters. The paper's table 1 (Li et al. 2024, ImageNet, diffusion loss)
-# has
-# FID (a Fréchet distance) 19.23 for raster order, 13.07 for random order, both with causal attention (a token looks
-# only at earlier ones), and 3.43 with attention in both directions.
+# has FID (a Fréchet distance) 19.23 for raster order, 13.07 for random order, both with causal
+# attention (a token looks only at earlier ones), and 3.43 with attention in both directions.
 #
 # </details>
 #
@@ -609,15 +597,14 @@ for name, ratios in met.items():
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# With many steps about 70%, whatever the schedule: as tokens leave, the ratio falls evenly from 1 to 0. The model
-# practises the beginning; most tokens are drawn where it never practised.
+# With many steps about 70%, whatever the schedule: as tokens leave, the ratio falls evenly from 1
+# to 0. The model practises the beginning; most tokens are drawn where it never practised.
 #
 # </details>
 #
 # How well does it do there? Take real pictures, hide one token, and of the others hide more and
-# more. The model must guess the one from noise with little signal left (t = 850). The error is
-# a multiple of that with all hidden. The digits were trained as in the paper, the photographs with
-# at
+# more. The model must guess the one from noise with little signal left (t = 850). The error is a
+# multiple of that with all hidden. The digits were trained as in the paper, the photographs with at
 # least 30% hidden.
 
 # %%
@@ -703,12 +690,9 @@ assert gap < 3
 # </details>
 #
 # No quality gained by hiding less was seen, neither by the authors nor here, where three seeds
-# cannot
-# tell: a gap below about 100 would not show. And cost has two sides: hide less and the encoder
-# reads
-# more, but fewer tokens are asked for: with uniform ratios the small models made *more* steps in
-# equal
-# time.
+# cannot tell: a gap below about 100 would not show. And cost has two sides: hide less and the
+# encoder reads more, but fewer tokens are asked for: with uniform ratios the small models made
+# *more* steps in equal time.
 #
 # Why, then, does hiding 70 to 100% work? As far as this goes: the first few known tokens tell most
 # (photographs), and those are practised; beyond its practice the digits' model guesses a little

@@ -84,8 +84,8 @@ print(f"mar_huge: {image:,.0f} times the FLOPs an image, {many:,.0f} times the i
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# To more than a million: more images are seen, and of each every parameter works on 15 times as many
-# tokens (see *FLOPs*). At the end you will turn these dots into hours and money.
+# To more than a million: more images are seen, and of each every parameter works on 15 times as
+# many tokens (see *FLOPs*). At the end you will turn these dots into hours and money.
 #
 # </details>
 #
@@ -122,7 +122,8 @@ for name, said in claimed.items():
 #
 # The decoder, by a little: both are stacks of the same blocks, but it has one more linear layer,
 # `decoder_embed`, from the encoder's width to its own. Embeddings are below 1%: the classes;
-# positions, the mask token and the label "no class" are listed as "in no part". (The paper's sizes are rounded up.)
+# positions, the mask token and the label "no class" are listed as "in no part". (The paper's sizes
+# are rounded up.)
 #
 # </details>
 #
@@ -307,10 +308,11 @@ for n in (2, 4, 8):
     assert abs(off) < 0.1
 
 # %% [markdown]
-# The formula is too high mostly because of that last block. On a GPU attention keeps less, and bfloat16 halves much of the rest: derived, not measured
-# ([docs/scaling.md](../docs/scaling.md)). What is kept can also be computed again in the backward
-# pass (**gradient checkpointing**): a third more FLOPs, much less memory. Here is a step of 64
-# images on one GPU. *Predict first:* is the state the larger part?
+# The formula is too high mostly because of that last block. On a GPU attention keeps less, and
+# bfloat16 halves much of the rest: derived, not measured ([docs/scaling.md](../docs/scaling.md)).
+# What is kept can also be computed again in the backward pass (**gradient checkpointing**): a third
+# more FLOPs, much less memory. Here is a step of 64 images on one GPU. *Predict first:* is the
+# state the larger part?
 
 # %%
 def needed(config, batch, checkpointing=False):
@@ -670,9 +672,10 @@ print(f"64 pixels: {last} at the end of its run, {last[-1] / history['floor']:.1
 # ## What would it cost me to train this?
 #
 # The question that people really ask. FLOPs are known; what a device reaches of the FLOP/s on its
-# data sheet is not. But the authors say what 400 epochs of MAR-L with a smaller head took: 2.6 days of 128 V100 (paper;
-# 125 TFLOP/s in float16 each), 31 hours of 32 H100 (their README; 989 in bfloat16), or 35 hours of
-# 16, with stored latents. *Predict first:* what share of the data sheet is that?
+# data sheet is not. But the authors say what 400 epochs of MAR-L with a smaller head took: 2.6 days
+# of 128 V100 (paper; 125 TFLOP/s in float16 each), 31 hours of 32 H100 (their README; 989 in
+# bfloat16), or 35 hours of 16, with stored latents. *Predict first:* what share of the data sheet
+# is that?
 
 # %% tags=["claim"]
 encoding = costs.vae_encode(get_config("kl16").vae, 1, 256, 2).flops  # of an image to latents
@@ -728,12 +731,12 @@ print(f"{count:,} parameters, {flops:.1e} FLOPs: {price(flops)}, or "
 print(f"on a GPU of {YOURS} GB: {plan_run(count, image, 0.9 * YOURS, 2048)}")
 
 # %% [markdown]
-# So, honestly: 400 epochs of MAR-B cost 370 to 540 hours of an H100, of MAR-L 810 to 1,190, of MAR-H
-# 1,630 to 2,400, the models of the famous numbers twice that, **if the first run is the one that
-# works**. Not counted: encoding (little if done once and cached, else 8 to 34% more), failed runs,
-# searching for settings, sampling 50,000 pictures to judge each. Nobody here has trained one of the
-# three. A CPU can do what this course trained: 142 minutes of one core. In between lies *your*
-# model, priced before it starts (small ones reach less of the data sheet).
+# So, honestly: 400 epochs of MAR-B cost 370 to 540 hours of an H100, of MAR-L 810 to 1,190, of
+# MAR-H 1,630 to 2,400, the models of the famous numbers twice that, **if the first run is the one
+# that works**. Not counted: encoding (little if done once and cached, else 8 to 34% more), failed
+# runs, searching for settings, sampling 50,000 pictures to judge each. Nobody here has trained one
+# of the three. A CPU can do what this course trained: 142 minutes of one core. In between lies
+# *your* model, priced before it starts (small ones reach less of the data sheet).
 #
 # ## Going further
 #
@@ -760,6 +763,5 @@ print(f"on a GPU of {YOURS} GB: {plan_run(count, image, 0.9 * YOURS, 2048)}")
 # | effective batch, rate | `scaled_recipe` | `configs` |
 #
 # This is the last chapter. `mar-mini info mar_large` says what a preset takes,
-# [recipes](../recipes/README.md) start the runs,
-# [scaling](../docs/scaling.md) has the tables for the large ones, and
-# [beyond](../docs/beyond.md) says what came after MAR.
+# [recipes](../recipes/README.md) start the runs, [scaling](../docs/scaling.md) has the tables for
+# the large ones, and [beyond](../docs/beyond.md) says what came after MAR.
