@@ -561,7 +561,7 @@ print(f"chance (95%): each ± {chance / 2:.0f}, a difference ± {chance / 2 * 2 
 # So with these models, one token a step, no effect of the *sampling* order could be seen.
 #
 # In *training* the order matters. The paper's table 1 (Li et al. 2024, ImageNet, diffusion loss)
-# has FID (a Fréchet distance) 19.23 for raster order, 13.07 for random order, both with causal
+# has FID  19.23 for raster order, 13.07 for random order, both with causal
 # attention (a token looks only at earlier ones), and 3.43 with attention in both directions.
 #
 # </details>

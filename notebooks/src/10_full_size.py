@@ -85,7 +85,7 @@ print(f"mar_huge: {image:,.0f} times the FLOPs an image, {many:,.0f} times the i
 # <details><summary>Answer</summary>
 #
 # To more than a million: more images are seen, and of each every parameter works on 15 times as
-# many tokens (see *FLOPs*). At the end you will turn these dots into hours and money.
+# many tokens (see *FLOPs*).
 #
 # </details>
 #
@@ -122,8 +122,7 @@ for name, said in claimed.items():
 #
 # The decoder, by a little: both are stacks of the same blocks, but it has one more linear layer,
 # `decoder_embed`, from the encoder's width to its own. Embeddings are below 1%: the classes;
-# positions, the mask token and the label "no class" are listed as "in no part". (The paper's sizes
-# are rounded up.)
+# positions, the mask token and the label "no class" are listed as "in no part".
 #
 # </details>
 #
@@ -254,7 +253,7 @@ assert abs(off) < 1e-6
 #
 # In all the rule is right within 1%, because errors cancel. It leaves out attention's products of
 # tokens with tokens, at these widths 2 to 3%. It counts too much in the head, which embeds z once
-# for all four noise levels, and each noise level once for a whole batch; and in the decoder, whose
+# for all four noise levels, and each noise level once for a batch; and in the decoder, whose
 # last block computes masked tokens alone.
 #
 # ## Memory: what stays, and what grows with the batch
@@ -408,8 +407,7 @@ for name in FULL:
 # ## A full-size step, on this machine
 #
 # One block of each kind at MAR-B's width, with random weights: training steps on one image. Time
-# follows from FLOPs, bytes that are moved, and what this machine does in a second. (Undisturbed the
-# ratio is within 1.5: `tests/test_planning.py`.)
+# follows from FLOPs, bytes that are moved, and what this machine does in a second.
 
 # %%
 wide = replace(get_config("mar_base").mar, encoder_depth=1, decoder_depth=1, diffloss_d=1)
