@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -79,9 +80,8 @@ def execute(notebook, folder: Path, *, strict: bool) -> None:
     strict: exercise checks raise instead of handing out the package's solution.
     Raises CellFailed for the first cell that fails; the node keeps the outputs up to there.
     """
-    from jupyter_core.utils import run_sync
-
-    run_sync(execute_async)(notebook, folder, strict=strict)
+    with event_loop() as loop:
+        loop.run_until_complete(execute_async(notebook, folder, strict=strict))
 
 
 async def execute_async(notebook, folder: Path, *, strict: bool, threads: int | None = None):
@@ -125,6 +125,20 @@ class Loop(asyncio.SelectorEventLoop):
         raise NotImplementedError
 
 
+@contextmanager
+def event_loop() -> Iterator[Loop]:
+    """A loop at whose end, whatever ends it, nothing runs any more, kernels included."""
+    loop = Loop()
+    try:
+        yield loop
+    finally:
+        while tasks := asyncio.all_tasks(loop):
+            for task in tasks:
+                task.cancel()
+            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        loop.close()
+
+
 def cores() -> int:
     """Those that this process may use."""
     usable = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
@@ -162,8 +176,8 @@ def run_course(
         nbformat.write(notebook, run.path)
         return replace(run, seconds=seconds, error=error), sample_grid(notebook)
 
-    loop, waiting, under_way, pictured = Loop(), deque(stems), set(), ""
-    try:
+    waiting, under_way, pictured = deque(stems), set(), ""
+    with event_loop() as loop:
         while waiting or under_way:
             while waiting and len(under_way) < at_once:
                 stem = waiting.popleft()
@@ -181,12 +195,6 @@ def run_course(
                 yield run
                 if run.error:
                     raise CourseFailed(f"{run.stem}: {run.error}; see {run.path}")
-    finally:
-        while tasks := asyncio.all_tasks(loop):  # a chapter's ends its kernel
-            for task in tasks:
-                task.cancel()
-            loop.run_until_complete(asyncio.wait(tasks))
-        loop.close()
 
 
 def sample_grid(notebook) -> bytes | None:

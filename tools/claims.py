@@ -84,7 +84,7 @@ def seeded(seed: int):
 def run_chapter(repo: Path, stem: str, seed: int) -> list[dict]:
     """Run a chapter once; for each claim its name, what it printed, and its fault or None.
 
-    Raises CellFailed if the kernel died, as it does after Ctrl-C: that says nothing of a claim.
+    Raises CellFailed if the kernel died: that says nothing of a claim.
     """
     notebook = solved(repo, stem)
     for cell in filter(is_claim, notebook.cells):
@@ -190,8 +190,9 @@ def main(arguments: list[str] | None = None, repo: Path = REPO) -> int:
                 bar.set_postfix_str(f"{stem}, seed {seed}")
                 try:
                     runs += run_chapter(repo, stem, seed)
-                except CellFailed as error:
-                    print(f"{stem}, seed {seed}: {error}; not recorded", file=sys.stderr)
+                except (CellFailed, KeyboardInterrupt) as error:
+                    why = error if str(error) else "interrupted"
+                    print(f"{stem}, seed {seed}: {why}; not recorded", file=sys.stderr)
                     return 1
                 bar.update()
             known[stem] = gather(runs)
