@@ -519,10 +519,10 @@ assert 0 < fall < 0.4 and more > 1.5
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The loss falls slowly, by a fifth or so, while about twice as many digits are recognised. Most of
-# the loss that is left is noise that nobody can predict (chapter 4); what is learned late is a
-# small part of it, and it is what you see. (The steep beginning is half the term for the variance,
-# chapter 4, which is large at t = 999 alone.)
+# The loss falls slowly, by a fifth or so, while two to three times as many digits are recognised.
+# Most of the loss that is left is noise that nobody can predict (chapter 4); what is learned late
+# is a small part of it, and it is what you see. (The steep beginning is half the term for the
+# variance, chapter 4, which is large at t = 999 alone.)
 #
 # </details>
 #
