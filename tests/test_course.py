@@ -3,6 +3,7 @@
 import base64
 import errno
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -106,7 +107,9 @@ def test_the_picture_is_that_of_the_last_chapter_and_not_of_the_slowest(repo, mo
     ("1 / 0", course.CourseFailed),
     ("import signal; os.kill(os.getppid(), signal.SIGINT); time.sleep(60)", KeyboardInterrupt),
 ])  # fmt: skip
-def test_a_failure_and_ctrl_c_end_the_other_kernel_too(repo, monkeypatch, capfd, last, error):
+def test_a_failure_and_ctrl_c_end_both_kernels(repo, request, monkeypatch, capfd, last, error):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job may ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     monkeypatch.setattr(course, "cores", lambda: 2)
     pid = repo / "pid"
     note = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid()))"
