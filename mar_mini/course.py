@@ -84,7 +84,9 @@ def execute(notebook, folder: Path, *, strict: bool) -> None:
         loop.run_until_complete(execute_async(notebook, folder, strict=strict))
 
 
-async def execute_async(notebook, folder: Path, *, strict: bool, threads: int | None = None):
+async def execute_async(
+    notebook, folder: Path, *, strict: bool, threads: int | None = None
+) -> None:
     """`execute`, to be awaited. threads: what the kernel computes with, unless the user says."""
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
@@ -165,16 +167,14 @@ def run_course(
     at_once = min(AT_ONCE, cores(), len(stems))
     threads = cores() // at_once if at_once > 1 else None
 
-    async def run_chapter(run: ChapterRun) -> tuple[ChapterRun, bytes | None]:
+    async def run_chapter(run: ChapterRun) -> tuple:
         notebook = nbformat.read(folder / f"{run.stem}.ipynb", as_version=4)
         start, error = time.perf_counter(), None
         try:
             await execute_async(notebook, folder, strict=True, threads=threads)
         except CellFailed as failure:
             error = str(failure)
-        seconds = time.perf_counter() - start
-        nbformat.write(notebook, run.path)
-        return replace(run, seconds=seconds, error=error), sample_grid(notebook)
+        return replace(run, seconds=time.perf_counter() - start, error=error), notebook
 
     waiting, under_way, pictured = deque(stems), set(), ""
     with event_loop() as loop:
@@ -188,7 +188,9 @@ def run_course(
             done, under_way = loop.run_until_complete(
                 asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
             )
-            for run, picture in (task.result() for task in done):
+            for run, notebook in (task.result() for task in done):
+                nbformat.write(notebook, run.path)
+                picture = sample_grid(notebook)
                 if picture is not None and run.stem > pictured:  # chapters end in any order
                     (build / "samples.png").write_bytes(picture)
                     pictured = run.stem

@@ -202,10 +202,12 @@ def plan_run(count: int, image: float, memory_gb: float, batch: int, processes: 
     processes  that share the batch, each with a whole model on a device of its own
 
     Of the micro batches that divide a process's share the largest that fits; (0, 0) if not even
-    one image does. Raises ValueError for a batch that cannot be shared, and numbers below 0.
+    one image does. Raises ValueError for a batch that cannot be shared, and for sizes below 0.
     """
     if processes < 1 or batch < 1 or batch % processes:
-        raise ValueError(f"a batch of {batch} for {processes} processes; expected a multiple of it")
+        raise ValueError(
+            f"batch is {batch} for {processes} processes; expected a multiple of their number"
+        )
     if count < 0 or not image > 0 or not memory_gb > 0:
         raise ValueError(
             f"count is {count}, image {image}, memory_gb {memory_gb}; expected numbers above 0"

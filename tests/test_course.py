@@ -120,6 +120,7 @@ def test_a_failure_and_ctrl_c_end_both_kernels(repo, request, monkeypatch, capfd
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
     assert capfd.readouterr().err == ""
+    assert not (repo / "build" / "course" / "01_draw.ipynb").exists()  # a whole one may stand there
 
 
 def test_run_course_knows_its_chapters(repo):
