@@ -561,7 +561,7 @@ print(f"chance (95%): each ± {chance / 2:.0f}, a difference ± {chance / 2 * 2 
 # So with these models, one token a step, no effect of the *sampling* order could be seen.
 #
 # In *training* the order matters. The paper's table 1 (Li et al. 2024, ImageNet, diffusion loss)
-# has FID  19.23 for raster order, 13.07 for random order, both with causal
+# has FID 19.23 for raster order, 13.07 for random order, both with causal
 # attention (a token looks only at earlier ones), and 3.43 with attention in both directions.
 #
 # </details>
@@ -646,11 +646,10 @@ assert 0.9 < min(errors["digits, trained from 0.7"]) < errors["digits, trained f
 # %% [markdown]
 # <details><summary>What you see</summary>
 #
-# The first known tokens tell the photographs' model most, as they would any model: the next ones
-# say the same again. The digits' guess hardly gains: after 75 seconds of training
-# (`data/weights/digits`) the class says nearly all that this model uses, so its shares above say
-# little about better models. And with nearly all known, far from its practice, it guesses *worse*
-# than with nothing known.
+# The first known tokens tell the photographs' model most; later ones add little to them. The
+# digits' guess hardly gains: after 75 seconds of training (`data/weights/digits`) the class says
+# nearly all that this model uses, so its shares above say little about better models. And with
+# nearly all known, far from its practice, it guesses *worse* than with nothing known.
 #
 # </details>
 #
