@@ -428,7 +428,7 @@ assert left.pop("head left out") > 0.5 and max(left.values()) < 0.05
 # </details>
 #
 # So it rules out a head that does not learn, and a learning rate that is far too low. It says
-# nothing of wrong labels, of a z that meets another image's tokens (learned by heart just as well),
+# nothing of wrong labels, of a z that meets another image's tokens (roll z, and see),
 # of a wrong scale, of masks, of sampling, of new images, and not even that the transformer learns.
 # It is a test to fail early, not to pass.
 #
@@ -521,8 +521,8 @@ assert 0 < fall < 0.4 and more > 1.5
 #
 # The loss falls slowly, by a fifth or so, while two to three times as many digits are recognised.
 # Most of the loss that is left is noise that nobody can predict (chapter 4); what is learned late
-# is a small part of it, and it is what you see. (The steep beginning is half the term for the
-# variance, chapter 4, which is large at t = 999 alone.)
+# is a small part of it, and it is what you see. (In the steep beginning the term for the variance,
+# chapter 4, falls as well.)
 #
 # </details>
 #
