@@ -15,6 +15,7 @@ from mar_mini.compiling import COMPILERS
 from mar_mini.data import data_dir, load_images
 from mar_mini.evaluation import Reference
 from mar_mini.sources import FETCHERS, cache_dir, is_arrays
+from mar_mini.symptoms import stored_evidence
 from mar_mini.training import multiplies_bf16
 
 PACKAGES = ("torch", "numpy", "datasets", "jupyterlab", "matplotlib", "ipywidgets", "safetensors")
@@ -77,6 +78,10 @@ def bundled() -> Iterator[tuple[bool, str]]:
             yield True, f"{path.relative_to(root)}: whole, {len(reference.train):,} features"
         except ValueError as error:
             yield False, str(error)
+    try:
+        yield True, f"symptoms/evidence.json: whole, {len(stored_evidence())} trainings"
+    except ValueError as error:
+        yield False, str(error)
     for path in sorted(root.glob("weights/*/config.json")):
         try:
             pipeline = load_pretrained(path.parent)

@@ -110,9 +110,19 @@ def diagnose(evidence: Evidence) -> str:
 
 
 def stored_evidence() -> list[tuple[str, int, Evidence]]:
-    """(state, seed, evidence) of the trainings in data/symptoms, made by tools/make_symptoms.py."""
-    rows = json.loads((data.data_dir() / "symptoms" / "evidence.json").read_text("utf-8"))
-    return [(row["state"], row["seed"], Evidence(**row["evidence"])) for row in rows]
+    """(state, seed, evidence) of the trainings in data/symptoms, made by tools/make_symptoms.py.
+
+    Raises ValueError if the file is missing or damaged.
+    """
+    path = data.data_dir() / "symptoms" / "evidence.json"
+    try:
+        rows = json.loads(path.read_text("utf-8"))
+        return [(row["state"], row["seed"], Evidence(**row["evidence"])) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is missing or damaged ({error}); restore it with `git checkout -- {path}` or "
+            "`python tools/make_symptoms.py --fresh`"
+        ) from error
 
 
 def small_digits() -> tuple[Float[Tensor, "N 1 8 8"], Int[Tensor, " N"]]:

@@ -9,7 +9,7 @@ from mar_mini import data, doctor
 
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
-    for path in ("digits", "reference", "weights/digits"):
+    for path in ("digits", "reference", "symptoms", "weights/digits"):
         shutil.copytree(data.data_dir() / path, tmp_path / path)
     for module in (data, doctor):
         monkeypatch.setattr(module, "data_dir", lambda: tmp_path)
@@ -18,13 +18,13 @@ def copied(tmp_path, monkeypatch):
 
 def test_what_is_bundled_is_whole(copied):
     found = list(doctor.bundled())
-    assert len(found) == 4 and all(fine for fine, _ in found), found
+    assert len(found) == 5 and all(fine for fine, _ in found), found
 
 
 @pytest.mark.parametrize(
     "name",
-    ["digits/test.parquet", "reference/cifar10.safetensors", "weights/digits/mar.safetensors",
-     "weights/digits/config.json"],
+    ["digits/test.parquet", "reference/cifar10.safetensors", "symptoms/evidence.json",
+     "weights/digits/mar.safetensors", "weights/digits/config.json"],
 )  # fmt: skip
 def test_a_truncated_file_is_named(copied, name):
     path = copied / name
