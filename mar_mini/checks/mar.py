@@ -75,7 +75,11 @@ def _loss(candidate, model: MAR, latents: Tensor, labels: Tensor, drawn: Drawn, 
         hidden.append(mask)
         return MAR.forward_encoder(model, x, mask, labels)
 
-    model.forward_encoder = forward_encoder
+    def forward(*given, **more):
+        raise Failed(f"{what} calls the model, whose forward is what you write here: put it "
+                     "together from its patchify, forward_encoder, forward_decoder and diffloss")
+
+    model.forward_encoder, model.forward = forward_encoder, forward
     try:
         got = candidate(model, given["latents"], given["labels"], drawn=drawn)
     except Exception as error:
@@ -91,7 +95,7 @@ def _loss(candidate, model: MAR, latents: Tensor, labels: Tensor, drawn: Drawn, 
             ) from error
         raise
     finally:
-        del model.forward_encoder
+        del model.forward_encoder, model.forward
     if not torch.equal(given["labels"], labels):
         raise Failed(f"{what} changed the labels it was given: masked_fill, without an underscore, "
                      "makes new ones")  # fmt: skip
