@@ -1,6 +1,7 @@
 """The command line: `mar-mini ...` or `python -m mar_mini ...`."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -79,21 +80,28 @@ def app(
 
 def test(fast: bool = False) -> int:
     """Run style checks, notebooks and tests; --fast leaves out what takes long."""
+    from mar_mini.course import AT_ONCE, sharing
+
     python = [sys.executable, "-m"]
     quick = ["-m", "not slow"] if fast else []
+    # the learners' notebooks as they are handed out: unsolved, from first cell to last
+    at_once, threads = sharing(AT_ONCE)
+    notebooks = [
+        *python, "pytest", "-q", "-n", str(at_once), "--dist", "loadfile", "--nbval-lax",
+        "--nbval-cell-timeout=900", "-o", "filterwarnings=", "notebooks",
+        "--ignore=notebooks/solutions",
+    ]  # fmt: skip
     steps = [
         [*python, "ruff", "check", "."],
         [*python, "codespell_lib", "."],
         [*python, "pytest", "-q", "--durations=8", *quick],
     ]
     if not fast:
-        # the learners' notebooks as they are handed out: unsolved, from first cell to last
-        nbval = ["--nbval-lax", "--nbval-cell-timeout=900", "-o", "filterwarnings=", "notebooks"]
-        steps.insert(2, [*python, "pytest", "-q", *nbval, "--ignore=notebooks/solutions"])
-        steps.insert(3, [*python, "mar_mini", "course"])  # the solved ones, strictly
+        steps[2:2] = [notebooks, [*python, "mar_mini", "course"]]  # the latter strictly, solved
     for command in steps:
         print("+", " ".join(command[1:]), flush=True)
-        status = subprocess.call(command, cwd=REPO)
+        limit = {"OMP_NUM_THREADS": str(threads)} if command is notebooks and threads else {}
+        status = subprocess.call(command, cwd=REPO, env=limit | os.environ)
         if status:
             return status
     return 0

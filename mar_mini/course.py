@@ -147,6 +147,15 @@ def cores() -> int:
     return len(usable(0)) if usable else os.cpu_count() or 1
 
 
+def sharing(tasks: int) -> tuple[int, int | None]:
+    """How many of the tasks to run at once, and the threads of each; None: as many as they like.
+
+    Small models hardly use a second core: it does more for a second chapter.
+    """
+    at_once = min(AT_ONCE, cores(), tasks)
+    return at_once, cores() // at_once if at_once > 1 else None
+
+
 def run_course(
     repo: Path, build: Path, chapters: Iterable[str] | None = None
 ) -> Iterator[ChapterRun]:
@@ -163,9 +172,7 @@ def run_course(
     folder = repo / "notebooks" / "solutions"  # there a chapter finds the solved earlier ones
     stems = pick_chapters((p.stem for p in _chapter_files(folder)), chapters)
     (build / "course").mkdir(parents=True, exist_ok=True)
-    # small models hardly use a second core: it does more for a second chapter
-    at_once = min(AT_ONCE, cores(), len(stems))
-    threads = cores() // at_once if at_once > 1 else None
+    at_once, threads = sharing(len(stems))
 
     async def run_chapter(run: ChapterRun) -> tuple:
         notebook = nbformat.read(folder / f"{run.stem}.ipynb", as_version=4)

@@ -7,6 +7,8 @@ import sys
 import pytest
 from PIL import Image
 
+from mar_mini import cli, course
+
 pytestmark = pytest.mark.slow
 
 
@@ -67,3 +69,19 @@ def test_wrong_input_is_one_clear_line(arguments, message, tmp_path):
     assert done.stderr.startswith("mar-mini: ") and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_the_tests_run_in_steps_and_stop_at_the_first_that_fails(monkeypatch):
+    ran = []
+
+    def call(command, cwd, env):
+        ran.append((" ".join(command), env.get("OMP_NUM_THREADS")))
+        return int("nbval" in ran[-1][0])
+
+    monkeypatch.setattr(subprocess, "call", call)
+    monkeypatch.setattr(course, "cores", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert cli.test() == 1
+    assert [threads for _, threads in ran] == [None, None, "2"]  # of four cores, for two kernels
+    ran.clear()
+    assert cli.test(fast=True) == 0 and "not slow" in ran[-1][0] and len(ran) == 3
