@@ -78,14 +78,16 @@ def test_run_course_stops_at_a_chapter_that_fails(repo, monkeypatch):
     assert not (build / "course" / "03_after.ipynb").exists()
 
 
-@pytest.mark.parametrize("usable, order, threads", [
-    (1, "01 - 02 - 03 -", "None"),
-    (6, "01 02 - 03 - -", "3"),  # 02 starts before 01 has ended
+@pytest.mark.parametrize("usable, order, until, threads", [
+    (1, "01 - 02 - 03 -", "01_draw", "None"),
+    (6, "01 02 - 03 - -", "03_after", "3"),  # 02 starts before 01 has ended, and ends after 03
 ])  # fmt: skip
-def test_two_chapters_run_at_once_where_there_are_cores(repo, monkeypatch, usable, order, threads):
+def test_two_chapters_run_at_once_where_there_are_cores(
+    repo, monkeypatch, usable, order, until, threads
+):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(course, "cores", lambda: usable)
-    write_chapter(repo, "02_fail", ("1", []))
+    write_chapter(repo, "02_fail", (WAIT.format(repo / "b" / "course" / f"{until}.ipynb"), []))
     write_chapter(repo, "03_after", ("import os; print(os.environ.get('OMP_NUM_THREADS'))", []))
     seen = ["-" if run.finished else run.stem[:2] for run in course.run_course(repo, repo / "b")]
     assert " ".join(seen) == order
