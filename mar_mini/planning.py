@@ -210,7 +210,8 @@ def plan_run(count: int, image: float, memory_gb: float, batch: int, processes: 
         )
     if count < 0 or not image > 0 or not memory_gb > 0:
         raise ValueError(
-            f"count is {count}, image {image}, memory_gb {memory_gb}; expected numbers above 0"
+            f"count is {count}, image {image}, memory_gb {memory_gb}; "
+            "expected a count from 0 and the others above 0"
         )
     copies = size if size < 4 else 0
     free = 1e9 * memory_gb - (sum(STATE.values()) + copies) * count

@@ -46,8 +46,7 @@ def test_the_asked_class_is_found(digits):
     pipeline, means = digits
     asked, images = sample(pipeline)
     share = evaluation.recognised(images, asked, means)
-    # seeds 0 to 6 gave 66 to 88%, and another order of additions is as good as another seed
-    assert share >= 0.60, f"{share:.0%} of 500 samples recognised after {pipeline.card}"
+    assert share >= 0.70, f"{share:.0%} of 500 samples recognised after {pipeline.card}"
 
 
 def test_without_the_bound_on_x0_the_samples_are_noise(digits):

@@ -349,7 +349,7 @@ def test_a_plan_for_a_device():
     assert plan_run(10**7, 1e7, 1.0, 80, size=4) == (80, 1)  # no copies: 20 bytes of state
     with pytest.raises(ValueError, match="batch is 10 for 3 processes; expected a multiple"):
         plan_run(10**7, 1e7, 1.0, 10, 3)
-    with pytest.raises(ValueError, match="image -1.0, .* expected numbers above 0"):
+    with pytest.raises(ValueError, match="image -1.0, .* expected a count from 0"):
         plan_run(10**7, -1.0, 1.0, 10)
 
 
