@@ -85,13 +85,15 @@ def fetch(
     seed          of the whole batch
 
     They come in blocks of 32 rows, each with random numbers of its own, so that a process that
-    needs a part of the batch need not read all of it.
+    needs a part of the batch need not read all of it. Autocast, which is for the model's products,
+    is off: what is stored in float16 could not be put together under it.
     """
     first = rows.start - rows.start % BLOCK
     parts = []
-    for start in range(first, rows.stop, BLOCK):
-        block = slice(start, min(start + BLOCK, len(picked)))
-        parts.append(images.batch(picked[block], flip[block], step_generator(seed, start)))
+    with torch.autocast("cpu", enabled=False):
+        for start in range(first, rows.stop, BLOCK):
+            block = slice(start, min(start + BLOCK, len(picked)))
+            parts.append(images.batch(picked[block], flip[block], step_generator(seed, start)))
     return torch.cat(parts)[rows.start - first : rows.stop - first]
 
 

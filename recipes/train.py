@@ -118,6 +118,8 @@ def run(arguments: argparse.Namespace, processes: Alone) -> int:
         source = {"data": arguments.data, "data_md5": images.checksum}
         moments = MOMENTS if processes.count == 1 else ()  # nobody may be kept waiting for samples
     if arguments.part_minutes:
+        # a job in the background inherits that SIGINT is ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         timer = threading.Timer(60 * arguments.part_minutes, os.kill, (os.getpid(), signal.SIGINT))
         timer.daemon = True
         timer.start()

@@ -21,14 +21,17 @@ def train(out: Path, *arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 def test_one_command_trains_and_goes_on(tmp_path):
     out = tmp_path / "run"
-    stopped = train(out, "--steps", "3", "--part-minutes", "0.001")  # before the first step
+    # so many steps that the part ends first, however fast the machine is
+    stopped = train(out, "--steps", "1000000", "--part-minutes", "0.001")
     assert stopped.returncode == 75, stopped.stderr
     assert "the same command" in stopped.stdout and not (out / "mar.safetensors").exists()
-    done = train(out, "--steps", "3")
+    states = [path.stem for path in (out / "state" / "masked").glob("state-*")]
+    steps = 3 + max([int(name.removeprefix("state-")) for name in states], default=0)
+    done = train(out, "--steps", str(steps))
     assert done.returncode == 0, done.stderr
     card = json.loads((out / "config.json").read_text())["card"]
     rows = json.loads((out / "history_masked.json").read_text())
-    assert card["steps"] == 3 and card["data"] == "digits"
+    assert card["steps"] == steps and card["data"] == "digits"
     assert card["losses"]["loss"] == pytest.approx(rows[-1]["loss"], abs=1e-4)
-    assert len(list((out / "moments").glob("average-*.safetensors"))) == 3
+    assert len(list((out / "moments").glob("average-*.safetensors"))) >= 3
     assert load_pretrained(out).generate([3], num_iter=2).shape == (1, 1, 16, 16)

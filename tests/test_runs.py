@@ -165,6 +165,15 @@ def test_the_history_of_a_run_whose_budget_grew_goes_on_evenly(tmp_path):
     assert max(gaps) <= 6  # a tenth of 40 steps, and what the growth rounded
 
 
+@pytest.fixture
+def ctrl_c():
+    """SIGINT as in a terminal: a job started in the background inherits that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, final):
     training, checkpoints = start(), Checkpoints(tmp_path, IDENTITY)
     with pytest.raises(Interrupted, match="stopped after step 3; the state is saved in .*go on"):
