@@ -103,8 +103,11 @@ EXPERIMENTS = {
         "linear path: that starts from latents that say much, and in so short a training no weight "
         "takes it back.",
         "rows": [
-            Row("vae", {"label": f"{weight:g}", "kl_weight": weight},
-                {"z_channels": 16, "kl_weight": weight, "linear_path": False})
+            Row(
+                "vae",
+                {"label": f"{weight:g}", "kl_weight": weight},
+                {"z_channels": 16, "kl_weight": weight, "linear_path": False},
+            )
             for weight in (1e-6, 1e-4, 1e-2, 1e-1, 1.0)
         ],
     },
@@ -120,13 +123,15 @@ EXPERIMENTS = {
         "seconds": 14,
         "measure": DIGITS,
         "rows": [
-            Row("digits", {"label": f"{encoder} + {decoder}", "encoder": encoder,
-                           "decoder": decoder},
-                digits(encoder_depth=encoder, decoder_depth=decoder))
+            Row(
+                "digits",
+                {"label": f"{encoder} + {decoder}", "encoder": encoder, "decoder": decoder},
+                digits(encoder_depth=encoder, decoder_depth=decoder),
+            )
             for encoder, decoder in ((0, 3), (1, 2), (2, 1))
         ],
     },
-}  # fmt: skip
+}
 
 
 # The worker: one training -------------------------------------------------------------------------
@@ -168,18 +173,24 @@ def train_digits(changes: dict, seed: int, seconds: float, samples: int, judge: 
     mar = trained(training)
     generator = torch.Generator().manual_seed(seed)
     drawn = [
-        generate(mar, labels, num_iter=min(config.sampling.num_iter, mar.seq_len),
-                 num_sampling_steps=config.sampling.num_sampling_steps, clip=config.sampling.clip,
-                 generator=generator)
+        generate(
+            mar,
+            labels,
+            num_iter=min(config.sampling.num_iter, mar.seq_len),
+            num_sampling_steps=config.sampling.num_sampling_steps,
+            clip=config.sampling.clip,
+            generator=generator,
+        )
         for labels in (torch.arange(samples) % 10).split(250)
-    ]  # fmt: skip
+    ]
     network, reference = load_judge(judge)
     with torch.no_grad():
         features = network.see(data.denormalise(mar.unpatchify(torch.cat(drawn))))
     return {
-        "value": frechet_distance(features, reference), "steps": training.step,
+        "value": frechet_distance(features, reference),
+        "steps": training.step,
         "seconds_per_step": training.seconds / training.step,
-    }  # fmt: skip
+    }
 
 
 def load_judge(path: Path) -> tuple[Judge, Tensor]:
@@ -224,9 +235,11 @@ def train_autoencoder(changes: dict, seed: int, seconds: float) -> dict:
             decibels.append(psnr(again, data.denormalise(batch)))
             kl.append(posterior.kl() / posterior.mean[0].numel())
     return {
-        "value": float(torch.cat(decibels).mean()), "kl": float(torch.cat(kl).mean()),
-        "steps": training.step, "seconds_per_step": training.seconds / training.step,
-    }  # fmt: skip
+        "value": float(torch.cat(decibels).mean()),
+        "kl": float(torch.cat(kl).mean()),
+        "steps": training.step,
+        "seconds_per_step": training.seconds / training.step,
+    }
 
 
 def train_one(job: "Job", judge: Path) -> dict:
@@ -269,9 +282,10 @@ def load(path: Path, jobs: dict[str, Job]) -> dict[str, dict]:
     """Those trainings of a result file that are of these jobs, budget included."""
     there = json.loads(path.read_text())["trainings"] if path.exists() else {}
     return {
-        key: there[key] for key, job in jobs.items()
+        key: there[key]
+        for key, job in jobs.items()
         if key in there and job.budget.items() <= there[key].items()
-    }  # fmt: skip
+    }
 
 
 def tables(finished: dict[str, dict], floor: float, scale: float, samples: int) -> dict:
@@ -292,18 +306,24 @@ def tables(finished: dict[str, dict], floor: float, scale: float, samples: int) 
                 filled["seconds_per_step"] = sum(each) / len(each)
             rows.append(filled)
         experiments[name] = {
-            "rows": rows, "measure": experiment["measure"].format(samples=f"{samples:,}"),
+            "rows": rows,
+            "measure": experiment["measure"].format(samples=f"{samples:,}"),
             "seconds": scale * experiment["seconds"],
-        }  # fmt: skip
+        }
         if experiment["rows"][0].kind == "digits":
             experiments[name]["floor"] = floor
     return experiments
 
 
 def run(
-    path: Path, scale: float, samples: int, facts: dict, floor: float, pool: Executor,
+    path: Path,
+    scale: float,
+    samples: int,
+    facts: dict,
+    floor: float,
+    pool: Executor,
     train: Callable[[Job], dict],
-) -> dict:  # fmt: skip
+) -> dict:
     """Do what is not in the file yet, write the file after each training, return its content.
 
     scale  of the seconds of every training
@@ -346,22 +366,39 @@ def main() -> None:
     if not full and options.out == RESULT:
         parser.error("a rehearsal: say with --out where its results go")
     torch.set_num_threads(1)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULT.parents[1],
-                            capture_output=True, text=True).stdout.strip()  # fmt: skip
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=RESULT.parents[1],
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
     facts = {
-        "date": str(date.today()), "commit": commit,
+        "date": str(date.today()),
+        "commit": commit,
         "command": shlex.join(["python", "benchmarks/ablations.py", *sys.argv[1:]]),
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": 1,
-                    "cores": os.cpu_count(), "workers": options.workers,
-                    "torch": torch.__version__, "load_at_start": os.getloadavg()[0]},
-    }  # fmt: skip
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "threads": 1,
+            "cores": os.cpu_count(),
+            "workers": options.workers,
+            "torch": torch.__version__,
+            "load_at_start": os.getloadavg()[0],
+        },
+    }
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         judge = Path(folder) / "judge.safetensors"
         floor = save_judge(judge)
         with ProcessPoolExecutor(options.workers, context, end_with_parent) as pool:
-            result = run(options.out, options.minutes_scale, options.samples, facts, floor, pool,
-                         partial(train_one, judge=judge))  # fmt: skip
+            result = run(
+                options.out,
+                options.minutes_scale,
+                options.samples,
+                facts,
+                floor,
+                pool,
+                partial(train_one, judge=judge),
+            )
     for name in EXPERIMENTS:
         print(f"\n{name}: {result[name]['measure']}")
         for row in result[name]["rows"]:

@@ -24,21 +24,26 @@ from tqdm import tqdm
 from mar_mini import load_pretrained
 from mar_mini.data import data_dir
 from mar_mini.evaluation import Reference, bootstrap, judge, psnr
-from mar_mini.features import features_of, load_features
 from mar_mini.files import write_atomically
+from mar_mini.judge.features import features_of, load_features
+from mar_mini.run.sources import open_images
 from mar_mini.sampling import FAST
-from mar_mini.sources import open_images
 
 HERE = Path(__file__).resolve().parent
 OPTIONS = {
-    "no guidance": {"cfg": 1.0}, "guidance 3": {"cfg": 3.0}, "guidance 7": {"cfg": 7.0},
-    "guidance 4.5, linear": {"cfg_schedule": "linear"}, "temperature 0.9": {"temperature": 0.9},
+    "no guidance": {"cfg": 1.0},
+    "guidance 3": {"cfg": 3.0},
+    "guidance 7": {"cfg": 7.0},
+    "guidance 4.5, linear": {"cfg_schedule": "linear"},
+    "temperature 0.9": {"temperature": 0.9},
     "temperature 1": {"temperature": 1.0},
-    "4 iterations": {"num_iter": 4}, "8 iterations": {"num_iter": 8},
+    "4 iterations": {"num_iter": 4},
+    "8 iterations": {"num_iter": 8},
     "10 diffusion steps": {"num_sampling_steps": 10},
     "25 diffusion steps": {"num_sampling_steps": 25},
     "100 diffusion steps": {"num_sampling_steps": 100},
-    "raster order": {"order": "raster"}, "spiral order": {"order": "spiral"},
+    "raster order": {"order": "raster"},
+    "spiral order": {"order": "spiral"},
     "checkerboard order": {"order": "checkerboard"},
     "50 to 5 diffusion steps": {"num_sampling_steps": (50, 5)},
     "ddim, 25 steps": {"solver": "ddim", "num_sampling_steps": 25},
@@ -49,10 +54,13 @@ OPTIONS = {
     "guidance each 4th iteration": {"refresh_guidance": 4},
     "fast": FAST,
     "chapter 8's choice": {
-        "solver": "dpm_solver", "num_sampling_steps": 10, "num_iter": 8, "cfg": 3.0,
+        "solver": "dpm_solver",
+        "num_sampling_steps": 10,
+        "num_iter": 8,
+        "cfg": 3.0,
         "temperature": 1.0,
     },
-}  # fmt: skip
+}
 
 
 def samples(pipeline, count: int, seed: int, **settings) -> tuple[torch.Tensor, float]:
@@ -68,8 +76,8 @@ def class_gaussian(images: torch.Tensor, labels: torch.Tensor, count: int) -> to
     """Images drawn from one normal distribution of all pixels for each class."""
     generator, drawn = torch.Generator().manual_seed(0), []
     for label in range(int(labels.max()) + 1):
-        x = images[labels == label].flatten(1).double()                         # (N, 3072)
-        cov = torch.cov(x.T) + 1e-6 * torch.eye(x.shape[1])                     # (3072, 3072)
+        x = images[labels == label].flatten(1).double()  # (N, 3072)
+        cov = torch.cov(x.T) + 1e-6 * torch.eye(x.shape[1])  # (3072, 3072)
         noise = torch.randn(count // 10, len(cov), generator=generator, dtype=torch.float64)
         drawn.append(x.mean(0) + noise @ torch.linalg.cholesky(cov).T)
     return torch.cat(drawn).view(-1, *images.shape[1:]).clamp(0, 1).float()
@@ -97,11 +105,16 @@ def main() -> None:
         return reference.distance(features_of(network, images))
 
     result = {
-        "model": str(arguments.model), "steps": pipeline.card.get("steps"), "samples": count,
+        "model": str(arguments.model),
+        "steps": pipeline.card.get("steps"),
+        "samples": count,
         "defaults": asdict(pipeline.defaults),
-        "features": reference.features_name, "train_count": reference.train_count,
-        "threads": torch.get_num_threads(), "commit": commit(), "rows": {},
-    }  # fmt: skip
+        "features": reference.features_name,
+        "train_count": reference.train_count,
+        "threads": torch.get_num_threads(),
+        "commit": commit(),
+        "rows": {},
+    }
     rows = result["rows"]
 
     def note(name: str, value: float, seconds: float | None = None) -> None:
@@ -128,8 +141,12 @@ def main() -> None:
     features = features_of(network, images)
     asked = torch.arange(len(images)) % len(pipeline.classes)
     result["default"] = judge(features, asked, reference)
-    low, high = bootstrap(lambda i: reference.distance(features[i]), len(features), rounds=50,
-                          generator=torch.Generator().manual_seed(0))  # fmt: skip
+    low, high = bootstrap(
+        lambda i: reference.distance(features[i]),
+        len(features),
+        rounds=50,
+        generator=torch.Generator().manual_seed(0),
+    )
     result["default_samples"], result["default_width"] = len(images), high - low
     if arguments.out == HERE / "results":
         eight_bit = (images[:1000] * 255).round().byte().numpy()
@@ -148,18 +165,28 @@ def draw(result: dict) -> None:
     """Print both tables; they go into README.md if it has a place for them."""
     lines = [
         f"{result['default_samples']:,} samples at the default setting ({settings_of(result)}), "
-        f"{result['features']}, against {result['train_count']:,} training images:", "",
-        "| measure | samples | floor: as many real test images |", "|---|---|---|",
-        *(f"| {name} | {value:.3g} | {floor:.3g} |"
-          for name, (value, floor) in result["default"].items()), "",
-        f"The interval of the distance is {result['default_width']:.1f} wide (95%, bootstrap). "
-        f"The autoencoder reaches {result.get('psnr', float('nan')):.1f} dB on test images.", "",
-        f"{result['samples']:,} samples each:", "", "| setting | distance | processor seconds |",
+        f"{result['features']}, against {result['train_count']:,} training images:",
+        "",
+        "| measure | samples | floor: as many real test images |",
         "|---|---|---|",
-        *(f"| {name} | {row['distance']:.1f} | "
-          f"{'' if row['seconds'] is None else format(row['seconds'], '.0f')} |"
-          for name, row in result["rows"].items()),
-    ]  # fmt: skip
+        *(
+            f"| {name} | {value:.3g} | {floor:.3g} |"
+            for name, (value, floor) in result["default"].items()
+        ),
+        "",
+        f"The interval of the distance is {result['default_width']:.1f} wide (95%, bootstrap). "
+        f"The autoencoder reaches {result.get('psnr', float('nan')):.1f} dB on test images.",
+        "",
+        f"{result['samples']:,} samples each:",
+        "",
+        "| setting | distance | processor seconds |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {row['distance']:.1f} | "
+            f"{'' if row['seconds'] is None else format(row['seconds'], '.0f')} |"
+            for name, row in result["rows"].items()
+        ),
+    ]
     print("\n".join(lines))
     path = HERE / "README.md"
     before, mark, rest = path.read_text().partition("<!-- cifar10 -->\n")
@@ -174,8 +201,9 @@ def settings_of(result: dict) -> str:
 
 
 def commit() -> str | None:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                          cwd=HERE)  # fmt: skip
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
+    )
     return done.stdout.strip() or None
 
 

@@ -49,11 +49,17 @@ def main(name: str = "digits") -> None:
     for row, values in rows.items():
         print(f"{row:32}", *(f"{key} {value:.3g}" for key, value in values.items()))
     RESULT.parent.mkdir(exist_ok=True)
-    machine = {"processor": platform.processor() or platform.machine(),
-               "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     result = {
-        "date": str(date.today()), "machine": machine, "training": pipeline.card, "rows": rows,
-    }  # fmt: skip
+        "date": str(date.today()),
+        "machine": machine,
+        "training": pipeline.card,
+        "rows": rows,
+    }
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
 
 

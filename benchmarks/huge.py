@@ -23,8 +23,10 @@ def main() -> None:
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     count = sum(p.numel() for p in model.parameters())
-    print(f"{count:,} parameters, tokens {tuple(tokens.shape)} {tokens.dtype}: {seconds:.1f} s, "
-          f"peak {peak:.1f} GB")  # fmt: skip
+    print(
+        f"{count:,} parameters, tokens {tuple(tokens.shape)} {tokens.dtype}: {seconds:.1f} s, "
+        f"peak {peak:.1f} GB"
+    )
 
 
 if __name__ == "__main__":

@@ -38,8 +38,10 @@ class Uniform(MAR):
 
 
 ROWS = {  # label -> the model's class, and the smallest ratio; "uniform" does not use the second
-    "0.7 to 1": (MAR, 0.7), "0.5 to 1": (MAR, 0.5), "uniform": (Uniform, 0.7),
-}  # fmt: skip
+    "0.7 to 1": (MAR, 0.7),
+    "0.5 to 1": (MAR, 0.5),
+    "uniform": (Uniform, 0.7),
+}
 
 
 def train(kind: type[MAR], lowest: float, seed: int, seconds: float, samples: int, judge) -> dict:
@@ -52,10 +54,16 @@ def train(kind: type[MAR], lowest: float, seed: int, seconds: float, samples: in
     mar = trained(training)
     generator = torch.Generator().manual_seed(seed)
     drawn = [
-        generate(mar, labels, num_iter=mar.seq_len, clip=config.sampling.clip, generator=generator,
-                 num_sampling_steps=config.sampling.num_sampling_steps)
+        generate(
+            mar,
+            labels,
+            num_iter=mar.seq_len,
+            clip=config.sampling.clip,
+            generator=generator,
+            num_sampling_steps=config.sampling.num_sampling_steps,
+        )
         for labels in (torch.arange(samples) % 10).split(250)
-    ]  # fmt: skip
+    ]
     network, reference = judge
     with torch.no_grad():
         features = network.see(data.denormalise(mar.unpatchify(torch.cat(drawn))))
@@ -81,13 +89,20 @@ def main() -> None:
                 rows[name]["steps"].append(done["steps"])
                 bar.update()
     result = {
-        "date": str(date.today()), "measure": DIGITS.format(samples=f"{options.samples:,}"),
-        "floor": floor, "seconds": options.seconds, "minutes": round((time.time() - begin) / 60, 1),
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": 1,
-                    "cores": os.cpu_count(), "torch": torch.__version__,
-                    "load_at_end": os.getloadavg()[0]},
+        "date": str(date.today()),
+        "measure": DIGITS.format(samples=f"{options.samples:,}"),
+        "floor": floor,
+        "seconds": options.seconds,
+        "minutes": round((time.time() - begin) / 60, 1),
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "threads": 1,
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "load_at_end": os.getloadavg()[0],
+        },
         "rows": list(rows.values()),
-    }  # fmt: skip
+    }
     write_atomically(options.out, lambda file: file.write_text(json.dumps(result, indent=1) + "\n"))
 
 

@@ -74,8 +74,18 @@ class PublishedHead(DiffLoss):
         weight = mask.float()
         return {name: (value * weight).sum() / weight.sum() for name, value in rows.items()}
 
-    def sample(self, z, z_uncond=None, *, cfg=1.0, temperature=1.0, clip=None,
-               num_sampling_steps=None, solver="ddpm", generator=None):  # fmt: skip
+    def sample(
+        self,
+        z,
+        z_uncond=None,
+        *,
+        cfg=1.0,
+        temperature=1.0,
+        clip=None,
+        num_sampling_steps=None,
+        solver="ddpm",
+        generator=None,
+    ):
         """Under guidance both halves of the batch go through every line."""
         diffusion = Diffusion(num_sampling_steps or self.num_sampling_steps)
         n = len(z)
@@ -125,8 +135,9 @@ class PublishedMAR(MAR):
             x = block(x)
         return self.decoder_norm(x)[:, self.buffer_size :] + self.diffusion_pos_embed_learned
 
-    def forward(self, latents, labels, *, mask=None, t=None, noise=None, generator=None,
-                return_terms=False):  # fmt: skip
+    def forward(
+        self, latents, labels, *, mask=None, t=None, noise=None, generator=None, return_terms=False
+    ):
         target = self.patchify(latents)
         if mask is None:
             mask = self.draw_mask(len(target), generator).to(target.device)
@@ -135,17 +146,28 @@ class PublishedMAR(MAR):
         z = self.forward_decoder(self.forward_encoder(target, mask, labels), mask)
         repeat = self.diffusion_batch_mul
         terms = self.diffloss.terms(
-            target.flatten(0, 1).repeat(repeat, 1), z.flatten(0, 1).repeat(repeat, 1),
-            mask.flatten().repeat(repeat), t=t, noise=noise, generator=generator,
-        )  # fmt: skip
+            target.flatten(0, 1).repeat(repeat, 1),
+            z.flatten(0, 1).repeat(repeat, 1),
+            mask.flatten().repeat(repeat),
+            t=t,
+            noise=noise,
+            generator=generator,
+        )
         return terms if return_terms else terms["loss"]
 
 
 @torch.no_grad()
 def generate(
-    model: MAR, labels: Tensor, *, num_iter: int, cfg: float, num_sampling_steps: int,
-    generator: torch.Generator, temperature: float = 1.0, clip: float | None = None,
-) -> Tensor:  # fmt: skip
+    model: MAR,
+    labels: Tensor,
+    *,
+    num_iter: int,
+    cfg: float,
+    num_sampling_steps: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    clip: float | None = None,
+) -> Tensor:
     """Tokens (B, L, C) after all iterations: encoder, decoder and head on the doubled batch."""
     model.eval()
     B, L = len(labels), model.seq_len
@@ -163,9 +185,13 @@ def generate(
         weight = sampling.linear_cfg(cfg, max(1, num_masked), L)
         z = z[torch.cat([predicted, predicted]).nonzero(as_tuple=True)]
         drawn = model.diffloss.sample(
-            *z.chunk(2), cfg=weight, temperature=temperature, clip=clip,
-            num_sampling_steps=num_sampling_steps, generator=generator,
-        )  # fmt: skip
+            *z.chunk(2),
+            cfg=weight,
+            temperature=temperature,
+            clip=clip,
+            num_sampling_steps=num_sampling_steps,
+            generator=generator,
+        )
         tokens = tokens.clone()
         tokens[predicted.nonzero(as_tuple=True)] = drawn
         mask = still
@@ -215,7 +241,7 @@ class PublishedAttnBlock(vae.AttnBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (f(h).flatten(2) for f in (self.q, self.k, self.v))          # 3 x (B, C, HW)
+        q, k, v = (f(h).flatten(2) for f in (self.q, self.k, self.v))  # 3 x (B, C, HW)
         weights = torch.softmax(torch.bmm(q.mT, k) * x.shape[1] ** -0.5, dim=2)
         return x + self.proj_out(torch.bmm(v, weights.mT).reshape(x.shape))
 

@@ -50,10 +50,17 @@ class Judge(nn.Module):
     def __init__(self):
         super().__init__()
         self.see = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Dropout(0.25), nn.Linear(1024, 64), nn.ReLU(),
-        )  # fmt: skip
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(0.25),
+            nn.Linear(1024, 64),
+            nn.ReLU(),
+        )
         self.decide = nn.Linear(64, 10)
 
     def forward(self, images):
@@ -98,10 +105,11 @@ def main() -> None:
     for seed, (name, settings) in enumerate(SETTINGS.items()):
         start = time.perf_counter()
         drawn = [
-            pipeline.generate(part, generator=torch.Generator().manual_seed(1000 * seed + i),
-                              **settings)
+            pipeline.generate(
+                part, generator=torch.Generator().manual_seed(1000 * seed + i), **settings
+            )
             for i, part in enumerate(asked.split(500))
-        ]  # fmt: skip
+        ]
         seconds = time.perf_counter() - start
         rows[name] = {**judged(judge, torch.cat(drawn), asked, reference), "seconds": seconds}
     floor, exact = rows["real test digits"]["distance"], rows["exact"]["distance"]

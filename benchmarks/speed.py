@@ -63,17 +63,31 @@ GOALS = {  # medians of ratios on a CPU that are aimed at
     "vae_train": {"default": 1.5, "compiled": 2.0},
 }
 MINI = {
-    "img_size": 32, "vae_stride": 4, "vae_embed_dim": 8, "class_num": 10,
-    "encoder_embed_dim": 256, "encoder_depth": 6, "encoder_num_heads": 8,
-    "decoder_embed_dim": 256, "decoder_depth": 6, "decoder_num_heads": 8,
-    "buffer_size": 16, "diffloss_d": 3, "diffloss_w": 256, "num_sampling_steps": 50,
-}  # fmt: skip
+    "img_size": 32,
+    "vae_stride": 4,
+    "vae_embed_dim": 8,
+    "class_num": 10,
+    "encoder_embed_dim": 256,
+    "encoder_depth": 6,
+    "encoder_num_heads": 8,
+    "decoder_embed_dim": 256,
+    "decoder_depth": 6,
+    "decoder_num_heads": 8,
+    "buffer_size": 16,
+    "diffloss_d": 3,
+    "diffloss_w": 256,
+    "num_sampling_steps": 50,
+}
 SAMPLING = {
     "mini_sample": {"batch": 64, "num_iter": 16, "num_sampling_steps": 50, "cfg": 3.0},
     "base_sample": {"batch": 4, "num_iter": 8, "num_sampling_steps": 25, "cfg": 3.0},
 }
-PARTS = {"published": {"attention": False, "head": False}, "attention": {"head": False},
-         "masked": {"head": False}, "rows": {"head": False}}  # fmt: skip
+PARTS = {
+    "published": {"attention": False, "head": False},
+    "attention": {"head": False},
+    "masked": {"head": False},
+    "rows": {"head": False},
+}
 
 
 # The worker: one rung -----------------------------------------------------------------------------
@@ -86,15 +100,21 @@ def build_step(workload: str, rung: str, precision: str, device: str):
 
     import mar_mini
     from mar_mini import MAR, AutoencoderKL
-    from mar_mini.compiling import compile_model
     from mar_mini.configs import TrainingConfig, get_config
+    from mar_mini.fast.compiling import compile_model
     from mar_mini.training import autocast, train_mar, train_vae
 
     torch.manual_seed(0)
     config = TrainingConfig(max_steps=10**6, precision=precision, compile=rung == "compiled")
     if workload == "vae_train":
-        model = AutoencoderKL(ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, attn_resolutions=(),
-                              resolution=32, z_channels=16).to(device)  # fmt: skip
+        model = AutoencoderKL(
+            ch=32,
+            ch_mult=(1, 2, 4),
+            num_res_blocks=1,
+            attn_resolutions=(),
+            resolution=32,
+            z_channels=16,
+        ).to(device)
         images = torch.rand(64, 3, 32, 32, device=device) * 2 - 1
         if rung != "published":
             steps = train_vae(model, images, replace(config, batch_size=64))
@@ -169,8 +189,10 @@ def roofline(precision: str, device: str) -> dict:
     w = torch.randn(1024, 1024, device=device).to(dtype)
     big = torch.randn(32_000_000, device=device)
     target = torch.empty_like(big)
-    works = {"tflops": (lambda: x @ w, 2 * x.numel() * 1024 / 1e12),
-             "copy_gb_s": (lambda: target.copy_(big), 8 * big.numel() / 1e9)}  # fmt: skip
+    works = {
+        "tflops": (lambda: x @ w, 2 * x.numel() * 1024 / 1e12),
+        "copy_gb_s": (lambda: target.copy_(big), 8 * big.numel() / 1e9),
+    }
     rates = {
         name: amount / min(timed(work, device) for _ in range(10))
         for name, (work, amount) in works.items()
@@ -245,11 +267,22 @@ class Worker:
     def __init__(self, workload: str, rung: str, arguments):
         cache = tempfile.mkdtemp()  # what was compiled in another run does not count
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", workload, rung,
-             "--precision", arguments.precision, "--device", arguments.device],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [
+                sys.executable,
+                __file__,
+                "--worker",
+                workload,
+                rung,
+                "--precision",
+                arguments.precision,
+                "--device",
+                arguments.device,
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
-        )  # fmt: skip
+        )
 
     def ask(self, what: str = "run") -> dict:
         self.process.stdin.write(what + "\n")
@@ -286,9 +319,12 @@ def climb(workload: str, arguments, warm: int = 4) -> dict:
         rungs[rung] = {
             "adds": LADDERS[workload][rung],
             "seconds": statistics.median(after["seconds"] for _, after in pairs),
-            "ratio": statistics.median(ratios), "ratios": ratios,
-            "warm_up": warm_up[0], "peak_gb": pairs[-1][1]["peak_gb"], **counted,
-        }  # fmt: skip
+            "ratio": statistics.median(ratios),
+            "ratios": ratios,
+            "warm_up": warm_up[0],
+            "peak_gb": pairs[-1][1]["peak_gb"],
+            **counted,
+        }
         if one is not published:
             one.close()
         print(line(workload, rung, rungs[rung]), flush=True)
@@ -314,8 +350,12 @@ def machine(device: str) -> dict:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
-    facts = {"processor": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
-             "amx": bool(torch.cpu._is_amx_tile_supported())}  # fmt: skip
+    facts = {
+        "processor": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "amx": bool(torch.cpu._is_amx_tile_supported()),
+    }
     if device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
@@ -335,17 +375,23 @@ def main() -> None:
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     if not arguments.draw:
         rates = Worker("roofline", "default", arguments).listen()
-        print(f"a large matrix product: {rates['tflops']:.2f} TFLOP/s ({rates['dtype']}); "
-              f"a large copy: {rates['copy_gb_s']:.0f} GB/s")  # fmt: skip
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True,
-                                capture_output=True).stdout.strip()  # fmt: skip
+        print(
+            f"a large matrix product: {rates['tflops']:.2f} TFLOP/s ({rates['dtype']}); "
+            f"a large copy: {rates['copy_gb_s']:.0f} GB/s"
+        )
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True, capture_output=True
+        ).stdout.strip()
         for workload in arguments.only:
             key = f"{workload} {rates['dtype']} {arguments.device}"
             results[key] = {
-                "workload": workload, "date": str(date.today()), "commit": commit,
-                "machine": machine(arguments.device), "roofline": rates,
+                "workload": workload,
+                "date": str(date.today()),
+                "commit": commit,
+                "machine": machine(arguments.device),
+                "roofline": rates,
                 "rungs": climb(workload, arguments),
-            }  # fmt: skip
+            }
             RESULT.parent.mkdir(exist_ok=True)
             RESULT.write_text(json.dumps(results, indent=1) + "\n")
     draw(results)
@@ -358,10 +404,13 @@ def draw(results: dict) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = ["| workload | rung | seconds | times as fast (spread) | arithmetic | memory | peak |",
-            "|---|---|---|---|---|---|---|"]  # fmt: skip
-    figure, axes = plt.subplots(len(results), 1, figsize=(8, 2.2 * len(results)), squeeze=False,
-                                layout="constrained")  # fmt: skip
+    rows = [
+        "| workload | rung | seconds | times as fast (spread) | arithmetic | memory | peak |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    figure, axes = plt.subplots(
+        len(results), 1, figsize=(8, 2.2 * len(results)), squeeze=False, layout="constrained"
+    )
     for axis, (key, result) in zip(axes.flat, results.items(), strict=True):
         rates = result["roofline"]
         for rung, row in result["rungs"].items():
@@ -380,8 +429,10 @@ def draw(results: dict) -> None:
             axis.text(row["seconds"], rung, f"  {row['ratio']:.2f}x", va="center")
         axis.invert_yaxis()
         longest = max(row["seconds"] for row in result["rungs"].values())
-        axis.set(title=f"{key}: seconds; black: what its matrix products alone would take",
-                 xlim=(0, 1.12 * longest))  # fmt: skip
+        axis.set(
+            title=f"{key}: seconds; black: what its matrix products alone would take",
+            xlim=(0, 1.12 * longest),
+        )
     figure.savefig(HERE / "speed.png", dpi=90)
     path = HERE / "README.md"
     if path.exists():

@@ -5,14 +5,26 @@ from mar_mini.configs import get_config
 from mar_mini.diffloss import DiffLoss
 from mar_mini.diffusion import Diffusion
 from mar_mini.mar import MAR
-from mar_mini.published import load_autoencoder
+from mar_mini.run.hub import load_autoencoder
 from mar_mini.sampling import Frame, generate, sample
 from mar_mini.training import train_mar, train_vae
 from mar_mini.vae import AutoencoderKL, DiagonalGaussian
 
 __version__ = "0.1.0"
 __all__ = [
-    "MAR", "AutoencoderKL", "DiagonalGaussian", "DiffLoss", "Diffusion", "Frame", "Pipeline",
-    "generate", "get_config", "load_autoencoder", "load_pretrained", "load_published", "sample",
-    "train_mar", "train_vae",
-]  # fmt: skip
+    "MAR",
+    "AutoencoderKL",
+    "DiagonalGaussian",
+    "DiffLoss",
+    "Diffusion",
+    "Frame",
+    "Pipeline",
+    "generate",
+    "get_config",
+    "load_autoencoder",
+    "load_pretrained",
+    "load_published",
+    "sample",
+    "train_mar",
+    "train_vae",
+]

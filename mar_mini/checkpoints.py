@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from mar_mini.configs import Config, MARConfig, SamplingConfig, VAEConfig
 from mar_mini.data import data_dir
 from mar_mini.files import write_atomically
-from mar_mini.foreign import read
 from mar_mini.mar import MAR
-from mar_mini.published import (
+from mar_mini.run.foreign import read
+from mar_mini.run.hub import (
     FILES,
     LATENT_SCALE,
     fetch,
@@ -68,9 +68,7 @@ class Pipeline:
         """`mar_mini.sample` with this model's defaults; frames know their `.images()`."""
         settings = {**asdict(self.defaults), "clip": self.clip, **arguments}
         frames = sample(self.mar, labels, **settings)
-        return (
-            ImageFrame(f.step, f.tokens, f.predicted, f.mask, self.to_images) for f in frames
-        )
+        return (ImageFrame(f.step, f.tokens, f.predicted, f.mask, self.to_images) for f in frames)
 
     def generate(self, labels=None, **arguments) -> Float[Tensor, "B C H W"]:
         """Pictures (B, 3 or 1, H, W), float32 in [0, 1]; arguments as for `sample`."""
@@ -152,9 +150,14 @@ def load_pretrained(name: str | Path) -> Pipeline:
         mar = MAR(**known_fields(MARConfig, card["mar"]))
         vae = AutoencoderKL(**known_fields(VAEConfig, card["vae"])) if card["vae"] else None
         pipeline = Pipeline(
-            mar.eval(), vae and vae.eval(), card["latent_scale"], card["clip"], card["classes"],
-            defaults, card["card"],
-        )  # fmt: skip
+            mar.eval(),
+            vae and vae.eval(),
+            card["latent_scale"],
+            card["clip"],
+            card["classes"],
+            defaults,
+            card["card"],
+        )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder / 'config.json'} is damaged ({error}); restore it, or train the model again"
@@ -185,10 +188,14 @@ def load_published(
     """
     mar, config = load_mar(path, config, raw)
     return Pipeline(
-        mar, load_autoencoder(vae, config), LATENT_SCALE, config.sampling.clip,
-        [str(label) for label in range(mar.class_num)], config.sampling,
+        mar,
+        load_autoencoder(vae, config),
+        LATENT_SCALE,
+        config.sampling.clip,
+        [str(label) for label in range(mar.class_num)],
+        config.sampling,
         {"preset": config.name, "source": Path(path).name, "raw": raw},
-    )  # fmt: skip
+    )
 
 
 def convert(
@@ -236,10 +243,13 @@ def untrained(config: Config, seed: int = 0, dtype: torch.dtype = torch.float32)
     finally:
         torch.set_default_dtype(before)
     return Pipeline(
-        mar, vae, clip=config.sampling.clip, defaults=config.sampling,
+        mar,
+        vae,
+        clip=config.sampling.clip,
+        defaults=config.sampling,
         classes=[f"class {i}" for i in range(config.mar.class_num)],
         card={"config": config.name, "seed": seed, "trained": False},
-    )  # fmt: skip
+    )
 
 
 def check_config(model: nn.Module, kind: type[nn.Module], config, name: str) -> None:

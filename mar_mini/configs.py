@@ -2,7 +2,12 @@
 
 from dataclasses import dataclass, replace
 
-from mar_mini.choice import choose
+
+def choose(kind: str, name: str, known: dict):
+    """The entry of that name. Raises ValueError that lists the names which exist."""
+    if name not in known:
+        raise ValueError(f"unknown {kind} {name!r}; expected one of: {', '.join(known)}")
+    return known[name]
 
 
 @dataclass(frozen=True)
@@ -86,9 +91,14 @@ class TrainingConfig:
 
 
 def scaled_recipe(
-    micro_batch: int, accumulate: int, processes: int, *, images: int, epochs: float,
+    micro_batch: int,
+    accumulate: int,
+    processes: int,
+    *,
+    images: int,
+    epochs: float,
     blr: float = 1e-4,
-) -> tuple[int, float, int]:  # fmt: skip
+) -> tuple[int, float, int]:
     """Effective batch, learning rate and steps of a training (MAR section 4).
 
     micro_batch  images that a process computes at a time
@@ -112,9 +122,11 @@ def for_batch_size(training: TrainingConfig, batch_size: int) -> TrainingConfig:
     factor = batch_size / training.batch_size
     steps = training.max_steps and max(1, round(training.max_steps / factor))
     return replace(
-        training, batch_size=batch_size, learning_rate=training.learning_rate * factor,
+        training,
+        batch_size=batch_size,
+        learning_rate=training.learning_rate * factor,
         max_steps=steps,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -145,28 +157,43 @@ class Config:
 def transformer(width: int, depth: int, heads: int, **arguments) -> MARConfig:
     """A MAR whose encoder and decoder are alike."""
     return MARConfig(
-        encoder_embed_dim=width, encoder_depth=depth, encoder_num_heads=heads,
-        decoder_embed_dim=width, decoder_depth=depth, decoder_num_heads=heads, **arguments,
-    )  # fmt: skip
+        encoder_embed_dim=width,
+        encoder_depth=depth,
+        encoder_num_heads=heads,
+        decoder_embed_dim=width,
+        decoder_depth=depth,
+        decoder_num_heads=heads,
+        **arguments,
+    )
 
 
 def published(name: str, mar: MARConfig | None, cfg: float = 1.0) -> Config:
     """A full-size preset: ImageNet at 256x256 in the latents of KL-16, the paper's recipe."""
     batch, rate, steps = scaled_recipe(64, 1, 32, images=1_281_167, epochs=400)  # on 32 GPUs
     training = TrainingConfig(
-        batch_size=batch, learning_rate=rate, max_steps=steps, warmup=0.25, decay="constant",
-        ema_window=1.0, flip=True,
-    )  # fmt: skip
+        batch_size=batch,
+        learning_rate=rate,
+        max_steps=steps,
+        warmup=0.25,
+        decay="constant",
+        ema_window=1.0,
+        flip=True,
+    )
     sampling = SamplingConfig(num_iter=256, cfg=cfg)
     return Config(name, "imagenet", VAEConfig(), mar, training, sampling)
 
 
 SMALL = {"attn_dropout": 0.0, "proj_dropout": 0.0}
 SMALL_VAE = VAEConfig(
-    ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(), resolution=32, z_channels=16,
-    num_groups=8, linear_path=True,
+    ch=32,
+    ch_mult=(1, 2, 2),
+    num_res_blocks=1,
+    attn_resolutions=(),
+    resolution=32,
+    z_channels=16,
+    num_groups=8,
+    linear_path=True,
 )
-
 
 
 def small(name: str, data: str, vae: VAEConfig | None, **tokens) -> Config:
@@ -174,69 +201,121 @@ def small(name: str, data: str, vae: VAEConfig | None, **tokens) -> Config:
     in_pixels = {"vae_stride": 1, "vae_embed_dim": 3}
     in_latents = {"vae_stride": 4, "vae_embed_dim": 16}
     return Config(
-        name=name, data=data, vae=vae,
+        name=name,
+        data=data,
+        vae=vae,
         mar=replace(
             transformer(
-                128, 4, 4, class_num=10, buffer_size=8, diffloss_d=3, diffloss_w=192,
-                num_sampling_steps=50, **(in_latents if vae else in_pixels), **tokens, **SMALL,
+                128,
+                4,
+                4,
+                class_num=10,
+                buffer_size=8,
+                diffloss_d=3,
+                diffloss_w=192,
+                num_sampling_steps=50,
+                **(in_latents if vae else in_pixels),
+                **tokens,
+                **SMALL,
             ),
             encoder_depth=2,
         ),
         training=TrainingConfig(
             batch_size=32, learning_rate=2e-3, warmup=0.03, max_seconds=90 * 60, flip=True
         ),
-        vae_training=vae and TrainingConfig(
-            batch_size=16, learning_rate=5e-4, max_seconds=5 * 60, weight_decay=0.0, grad_clip=1.0,
+        vae_training=vae
+        and TrainingConfig(
+            batch_size=16,
+            learning_rate=5e-4,
+            max_seconds=5 * 60,
+            weight_decay=0.0,
+            grad_clip=1.0,
             flip=True,
         ),
         # the bound on x0 is that of pixels, or measured on the latents when they are there
         sampling=SamplingConfig(
-            num_iter=16, num_sampling_steps=50, cfg=4.5, cfg_schedule="constant",
-            temperature=0.95, clip=None if vae else 1.0,
+            num_iter=16,
+            num_sampling_steps=50,
+            cfg=4.5,
+            cfg_schedule="constant",
+            temperature=0.95,
+            clip=None if vae else 1.0,
         ),
-    )  # fmt: skip
+    )
 
 
 PRESETS = {
     config.name: config
     for config in (
         Config(
-            name="digits", data="digits", vae=None,
+            name="digits",
+            data="digits",
+            vae=None,
             # so small that it learns in a minute: what counts in so short a run is how many steps
             # it makes
             mar=replace(
                 transformer(
-                    64, 2, 4, img_size=16, vae_stride=1, patch_size=4, vae_embed_dim=1,
-                    class_num=10, buffer_size=2, diffloss_d=3, diffloss_w=64,
-                    num_sampling_steps=25, diffusion_batch_mul=2, **SMALL,
+                    64,
+                    2,
+                    4,
+                    img_size=16,
+                    vae_stride=1,
+                    patch_size=4,
+                    vae_embed_dim=1,
+                    class_num=10,
+                    buffer_size=2,
+                    diffloss_d=3,
+                    diffloss_w=64,
+                    num_sampling_steps=25,
+                    diffusion_batch_mul=2,
+                    **SMALL,
                 ),
                 encoder_depth=1,
             ),
-            training=TrainingConfig(
-                batch_size=48, learning_rate=3e-3, warmup=0.1, max_seconds=75
-            ),
+            training=TrainingConfig(batch_size=48, learning_rate=3e-3, warmup=0.1, max_seconds=75),
             sampling=SamplingConfig(
                 num_iter=16, num_sampling_steps=25, cfg=3.0, temperature=0.9, clip=1.0
             ),
         ),
         # 16 tokens of 2x2 latents (64 numbers), fewer of them masked, so that there is something
         # to predict from; or 64 tokens of one latent (16 numbers) or of 4x4 pixels (48)
-        small("cifar10", "cifar10_mini", SMALL_VAE, img_size=32, patch_size=2, mask_ratio_min=0.3,
-              diffusion_batch_mul=2),
-        small("cifar10_latents", "cifar10_mini", SMALL_VAE, img_size=32, patch_size=1,
-              diffusion_batch_mul=1),
-        small("cifar10_pixels", "cifar10_mini", None, img_size=32, patch_size=4,
-              diffusion_batch_mul=1),
-        small("imagenette64", "imagenette64", replace(SMALL_VAE, resolution=64), img_size=64,
-              patch_size=2, diffusion_batch_mul=1),
+        small(
+            "cifar10",
+            "cifar10_mini",
+            SMALL_VAE,
+            img_size=32,
+            patch_size=2,
+            mask_ratio_min=0.3,
+            diffusion_batch_mul=2,
+        ),
+        small(
+            "cifar10_latents",
+            "cifar10_mini",
+            SMALL_VAE,
+            img_size=32,
+            patch_size=1,
+            diffusion_batch_mul=1,
+        ),
+        small(
+            "cifar10_pixels", "cifar10_mini", None, img_size=32, patch_size=4, diffusion_batch_mul=1
+        ),
+        small(
+            "imagenette64",
+            "imagenette64",
+            replace(SMALL_VAE, resolution=64),
+            img_size=64,
+            patch_size=2,
+            diffusion_batch_mul=1,
+        ),
         published("mar_base", transformer(768, 12, 12, diffloss_d=6, diffloss_w=1024), cfg=2.9),
         published("mar_large", transformer(1024, 16, 16, diffloss_d=8, diffloss_w=1280), cfg=3.0),
         published("mar_huge", transformer(1280, 20, 16, diffloss_d=12, diffloss_w=1536), cfg=3.2),
-        published("mar_large_12x1536", transformer(1024, 16, 16, diffloss_d=12, diffloss_w=1536),
-                  cfg=3.0),
+        published(
+            "mar_large_12x1536", transformer(1024, 16, 16, diffloss_d=12, diffloss_w=1536), cfg=3.0
+        ),
         published("kl16", None),
     )
-}  # fmt: skip
+}
 
 
 def get_config(name: str) -> Config:

@@ -4,16 +4,19 @@
 """
 
 import os
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Int, Int64, UInt8
 from torch import Tensor
 
 if TYPE_CHECKING:
     import datasets
+
+BLOCK = 32
 
 
 def data_dir() -> Path:
@@ -95,9 +98,7 @@ def class_names(dataset: "datasets.Dataset") -> list[str]:
     return dataset.features["label"].names
 
 
-def to_tensors(
-    dataset: "datasets.Dataset",
-) -> tuple[UInt8[Tensor, "N C H W"], Int64[Tensor, " N"]]:
+def to_tensors(dataset: "datasets.Dataset") -> tuple[UInt8[Tensor, "N C H W"], Int64[Tensor, " N"]]:
     """Decode all images and labels of a dataset.
 
     returns  images  uint8 (N, C, H, W)  0 to 255; C = 1 if all are grey (mode L), else 3 (RGB)
@@ -116,9 +117,9 @@ def to_tensors(
             )
     mode = "L" if all(picture.mode == "L" for picture in pictures) else "RGB"
     pixels = np.stack([np.asarray(picture.convert(mode)) for picture in pictures])
-    images = torch.from_numpy(pixels.reshape(*pixels.shape[:3], -1))        # (N, H, W, C)
-    labels = torch.tensor(list(dataset["label"]), dtype=torch.int64)        # (N,)
-    return images.permute(0, 3, 1, 2).contiguous(), labels                  # (N, C, H, W), (N,)
+    images = torch.from_numpy(pixels.reshape(*pixels.shape[:3], -1))  # (N, H, W, C)
+    labels = torch.tensor(list(dataset["label"]), dtype=torch.int64)  # (N,)
+    return images.permute(0, 3, 1, 2).contiguous(), labels  # (N, C, H, W), (N,)
 
 
 def normalise(images: Tensor) -> Float32[Tensor, "..."]:
@@ -141,3 +142,128 @@ def denormalise(x: Tensor) -> Float32[Tensor, "..."]:
     returns  float32 (...)  0 to 1; pixel values are 255 times this
     """
     return ((x.float() + 1) / 2).clamp(0, 1)
+
+
+# What a step of a training sees -------------------------------------------------------------------
+
+
+@runtime_checkable
+class Images(Protocol):
+    """Images as a training asks for them; `InMemory` is the simplest kind.
+
+    labels  (N,) int64, the index of each image's class
+    """
+
+    labels: Tensor
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Tensor, flip: Tensor, generator: torch.Generator) -> Tensor:
+        """What `MAR.patchify` takes, (n, C, H, W) float32, of some images.
+
+        indices    (n,) int64
+        flip       (n,) bool, True = mirrored
+        generator  on the CPU, for what is random in them (a draw from the posterior)
+        """
+
+
+class InMemory:
+    """Images that are tensors, on any device.
+
+    latents   (N, C, H, W) float, as `MAR.patchify` takes them
+    labels    (N,) int64
+    mirrored  the same of the mirrored images; without them the last axis is reversed, which is
+              right for pixels only
+
+    Raises ValueError if these do not belong together.
+    """
+
+    def __init__(
+        self,
+        latents: Float[Tensor, "N C H W"],
+        labels: Int[Tensor, " M"],
+        mirrored: Float[Tensor, "M2 C H W"] | None = None,
+    ):
+        if len(latents) != len(labels):
+            raise ValueError(
+                f"{len(latents)} images but {len(labels)} labels; expected one for each"
+            )
+        if mirrored is not None and mirrored.shape != latents.shape:
+            raise ValueError(
+                f"mirrored is {tuple(mirrored.shape)}; expected {tuple(latents.shape)} as the "
+                "latents"
+            )
+        self.latents, self.labels, self.mirrored = latents, labels, mirrored
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def batch(self, indices, flip, generator=None) -> Float[Tensor, "B C H W"]:
+        """See `Images`; nothing in them is random."""
+        indices, flip = indices.to(self.latents.device), flip.to(self.latents.device)
+        straight = self.latents[indices]
+        if not flip.any():
+            return straight
+        mirrored = straight.flip(-1) if self.mirrored is None else self.mirrored[indices]
+        return torch.where(flip[:, None, None, None], mirrored, straight)
+
+
+def fetch(
+    images: Images, picked: Int[Tensor, " B"], flip: Bool[Tensor, " B"], rows: slice, seed: int
+) -> Float[Tensor, "R C H W"]:
+    """Some rows of a batch, the same whoever asks for which rows.
+
+    picked, flip  of the whole batch
+    seed          of the whole batch
+
+    They come in blocks of 32 rows, each with random numbers of its own, so that a process that
+    needs a part of the batch need not read all of it. Autocast, which is for the model's products,
+    is off: what is stored in float16 could not be put together under it.
+    """
+    first = rows.start - rows.start % BLOCK
+    parts = []
+    with torch.autocast("cpu", enabled=False):
+        for start in range(first, rows.stop, BLOCK):
+            block = slice(start, min(start + BLOCK, len(picked)))
+            parts.append(images.batch(picked[block], flip[block], step_generator(seed, start)))
+    return torch.cat(parts)[rows.start - first : rows.stop - first]
+
+
+def step_seed(seed: int, step: int) -> int:
+    """One number from two, such that neighbours share nothing."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+
+
+def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The random numbers of one step: a function of (seed, step) and nothing else."""
+    return torch.Generator(device).manual_seed(step_seed(seed, step))
+
+
+@lru_cache(maxsize=2)
+def shuffled(seed: int, epoch: int, num_images: int) -> Int[Tensor, " N"]:
+    generator = step_generator(seed, 2**32 + epoch)  # apart from those of the steps
+    return torch.randperm(num_images, generator=generator)
+
+
+def batch_indices(seed: int, step: int, num_images: int, batch_size: int) -> Int[Tensor, " B"]:
+    """Which images step `step` (from 0) sees: epoch after epoch, each image once in each."""
+    first = step * batch_size
+    picked = []
+    while len(picked) < batch_size:
+        epoch, offset = divmod(first + len(picked), num_images)
+        rest = batch_size - len(picked)
+        picked.extend(shuffled(seed, epoch, num_images)[offset : offset + rest].tolist())
+    return torch.tensor(picked)
+
+
+def flip_half(
+    images: Tensor, mirrored: Tensor, picked: Int[Tensor, " B"], generator: torch.Generator
+) -> Tensor:
+    """Those images, each mirrored with probability 1/2."""
+    coin = coins(len(picked), generator).to(images.device)
+    return torch.where(coin[:, None, None, None], mirrored[picked], images[picked])
+
+
+def coins(n: int, generator: torch.Generator) -> Bool[Tensor, " n"]:
+    """True with probability 1/2."""
+    return torch.rand(n, generator=generator, device=generator.device) < 0.5

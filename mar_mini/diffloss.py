@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mar_mini.choice import choose
+from mar_mini.configs import choose
 from mar_mini.diffusion import NUM_TIMESTEPS, Diffusion
 from mar_mini.solvers import FIRST_TIMESTEP, SOLVERS
 from mar_mini.transformer import LAYER_NORM_EPS
@@ -71,9 +71,9 @@ class ResBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
     def forward(self, x: Float[Tensor, "N W"], y: Float[Tensor, "N W"]) -> Float[Tensor, "N W"]:
-        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)     # 3 x (N, W)
-        h = self.mlp(modulate(self.in_ln(x), shift, scale))                # (N, W)
-        return torch.addcmul(x, gate, h)                                   # (N, W)
+        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)  # 3 x (N, W)
+        h = self.mlp(modulate(self.in_ln(x), shift, scale))  # (N, W)
+        return torch.addcmul(x, gate, h)  # (N, W)
 
 
 class FinalLayer(nn.Module):
@@ -84,8 +84,8 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Float[Tensor, "N W"], y: Float[Tensor, "N W"]) -> Float[Tensor, "N C"]:
-        shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)           # 2 x (N, W)
-        return self.linear(modulate(self.norm_final(x), shift, scale))     # (N, C)
+        shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)  # 2 x (N, W)
+        return self.linear(modulate(self.norm_final(x), shift, scale))  # (N, C)
 
 
 class SimpleMLPAdaLN(nn.Module):
@@ -139,19 +139,19 @@ class SimpleMLPAdaLN(nn.Module):
         R is a multiple of N: noise levels of the same tokens one after the other, and the
         condition is embedded once for all of them.
         """
-        condition = self.cond_embed(z)                             # (N, W)
-        y = self.time_embed(t).unflatten(0, (-1, len(z))) + condition      # (R / N, N, W)
-        return self.denoise(x, y.flatten(0, 1))                    # (R, 2C)
+        condition = self.cond_embed(z)  # (N, W)
+        y = self.time_embed(t).unflatten(0, (-1, len(z))) + condition  # (R / N, N, W)
+        return self.denoise(x, y.flatten(0, 1))  # (R, 2C)
 
     def denoise(self, x: Float[Tensor, "N C"], y: Float[Tensor, "N W"]) -> Float[Tensor, "N C2"]:
         """The MLP itself; y is the sum of the embedded timestep and the embedded condition."""
-        x = self.input_proj(x)                                     # (N, W)
+        x = self.input_proj(x)  # (N, W)
         for block in self.res_blocks:
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, y, use_reentrant=False)   # (N, W)
+                x = checkpoint(block, x, y, use_reentrant=False)  # (N, W)
             else:
-                x = block(x, y)                                    # (N, W)
-        return self.final_layer(x, y)                              # (N, 2C)
+                x = block(x, y)  # (N, W)
+        return self.final_layer(x, y)  # (N, 2C)
 
 
 def as_steps(
@@ -164,7 +164,7 @@ def as_steps(
     """
     if type(net).forward is not SimpleMLPAdaLN.forward:
         return lambda x, i: net(x, timesteps[i].expand(len(x)), z)
-    embedded, condition = net.time_embed(timesteps), net.cond_embed(z)     # (T, W), (N, W)
+    embedded, condition = net.time_embed(timesteps), net.cond_embed(z)  # (T, W), (N, W)
     return lambda x, i: net.denoise(x, embedded[i] + condition)
 
 
@@ -174,9 +174,9 @@ def guide(output: Float[Tensor, "M C2"], cfg: float) -> Float[Tensor, "N C2"]:
     output   (2N, 2C): conditional rows, then unconditional ones
     returns  (N, 2C): noise uncond + cfg * (cond - uncond), and the conditional rows' variance
     """
-    cond, uncond = output.chunk(2)                                 # 2 x (N, 2C)
-    noise_c, v = cond.chunk(2, dim=1)                              # 2 x (N, C)
-    noise_u, _ = uncond.chunk(2, dim=1)                            # (N, C)
+    cond, uncond = output.chunk(2)  # 2 x (N, 2C)
+    noise_c, v = cond.chunk(2, dim=1)  # 2 x (N, C)
+    noise_u, _ = uncond.chunk(2, dim=1)  # (N, C)
     return torch.cat([noise_u + cfg * (noise_c - noise_u), v], dim=1)
 
 
@@ -204,8 +204,18 @@ class Head(nn.Module):
         """
         return t, noise
 
-    def sample(self, z, z_uncond=None, *, cfg=1.0, temperature=1.0, clip=None,
-               num_sampling_steps=None, solver="ddpm", generator=None) -> Tensor:  # fmt: skip
+    def sample(
+        self,
+        z,
+        z_uncond=None,
+        *,
+        cfg=1.0,
+        temperature=1.0,
+        clip=None,
+        num_sampling_steps=None,
+        solver="ddpm",
+        generator=None,
+    ) -> Tensor:
         """Tokens (N, C) drawn given z (N, D)."""
         raise NotImplementedError
 
@@ -235,9 +245,14 @@ class DiffLoss(Head):
         self.target_channels = target_channels
         self.num_sampling_steps = num_sampling_steps
         self.net = SimpleMLPAdaLN(
-            target_channels, width, 2 * target_channels, z_channels, depth, grad_checkpointing,
+            target_channels,
+            width,
+            2 * target_channels,
+            z_channels,
+            depth,
+            grad_checkpointing,
             block=block,
-        )  # fmt: skip
+        )
         self.diffusion = Diffusion()
         Diffusion(num_sampling_steps)  # refuses an impossible number now, not when sampling
 
@@ -299,7 +314,7 @@ class DiffLoss(Head):
         self, target: Tensor, z: Tensor, *, repeat=1, t=None, noise=None, generator=None
     ) -> dict[str, Float[Tensor, " R"]]:
         """The loss of each token and noise level and its two parts; see `terms`."""
-        target = target.repeat(repeat, 1)                                  # (R, C)
+        target = target.repeat(repeat, 1)  # (R, C)
         t, noise = self.draw(len(target), generator, t, noise)
         t, noise = t.to(target.device), noise.to(target)
         x_t = self.diffusion.q_sample(target, t, noise)
@@ -335,12 +350,12 @@ class DiffLoss(Head):
         walk = choose("solver", solver, SOLVERS)
         diffusion = Diffusion(num_sampling_steps or self.num_sampling_steps, FIRST_TIMESTEP[solver])
         dtype = self.net.input_proj.weight.dtype
-        both = z if z_uncond is None else torch.cat([z, z_uncond])         # (N or 2N, D)
+        both = z if z_uncond is None else torch.cat([z, z_uncond])  # (N or 2N, D)
         network = as_steps(self.net, both, diffusion.timestep_map.to(z.device))
 
         def denoise(x: Tensor, t: int) -> Tensor:
             if z_uncond is None:
-                return network(x.to(dtype), t).float()                     # (N, 2C)
+                return network(x.to(dtype), t).float()  # (N, 2C)
             return guide(network(torch.cat([x, x]).to(dtype), t).float(), cfg)
 
         def draw() -> Tensor:

@@ -90,9 +90,10 @@ class Diffusion:
         self, x0: Float[Tensor, "N C"], t: Int[Tensor, " N"], noise: Float[Tensor, "N C"]
     ) -> Float[Tensor, "N C"]:
         """Noise clean tokens to level t in one go (Ho et al. 2020, eq. 4)."""
-        return self.at(self.sqrt_alpha_bars, t) * x0 + self.at(
-            self.sqrt_one_minus_alpha_bars, t
-        ) * noise
+        return (
+            self.at(self.sqrt_alpha_bars, t) * x0
+            + self.at(self.sqrt_one_minus_alpha_bars, t) * noise
+        )
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
         """Mean of q(x_{t-1} | x_t, x0), (N, C) (Ho et al. 2020, eq. 7)."""

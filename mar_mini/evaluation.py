@@ -129,7 +129,7 @@ def precision_recall(
         )
 
     def among(points: Tensor, cloud: Tensor) -> float:
-        reach = torch.cdist(cloud, cloud).kthvalue(neighbours + 1, dim=1).values   # (M,)
+        reach = torch.cdist(cloud, cloud).kthvalue(neighbours + 1, dim=1).values  # (M,)
         return float((torch.cdist(points, cloud) <= reach).any(1).double().mean())
 
     return among(samples, real), among(real, samples)
@@ -154,7 +154,7 @@ def linear_discriminant(
     Source: Fisher 1936, with one covariance for all classes.
     """
     x = features.double()
-    means = torch.stack([x[labels == k].mean(0) for k in range(int(labels.max()) + 1)])   # (K, D)
+    means = torch.stack([x[labels == k].mean(0) for k in range(int(labels.max()) + 1)])  # (K, D)
     within = x - means[labels]
     root = torch.linalg.cholesky(torch.cov(within.T) + 1e-6 * torch.eye(x.shape[1]))
 
@@ -241,9 +241,14 @@ class Reference:
         return frechet_from_moments(features.double().mean(0), cov, self.mean, self.cov)
 
     def save(self, path: Path) -> None:
-        tensors = {"mean": self.mean, "cov": self.cov, "train": self.train.half(),
-                   "test": self.test.half(), "train_labels": self.train_labels.byte(),
-                   "test_labels": self.test_labels.byte()}  # fmt: skip
+        tensors = {
+            "mean": self.mean,
+            "cov": self.cov,
+            "train": self.train.half(),
+            "test": self.test.half(),
+            "train_labels": self.train_labels.byte(),
+            "test_labels": self.test_labels.byte(),
+        }
         card = {"features": self.features_name, "train_count": str(self.train_count)}
         write_atomically(path, lambda temporary: save_file(tensors, temporary, card))
 
@@ -255,18 +260,21 @@ class Reference:
                 x = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 card = file.metadata()
             return cls(
-                card["features"], x["mean"], x["cov"], x["train"].float(), x["test"].float(),
-                x["train_labels"].long(), x["test_labels"].long(), int(card["train_count"]),
-            )  # fmt: skip
+                card["features"],
+                x["mean"],
+                x["cov"],
+                x["train"].float(),
+                x["test"].float(),
+                x["train_labels"].long(),
+                x["test_labels"].long(),
+                int(card["train_count"]),
+            )
         except (SafetensorError, OSError, KeyError) as error:
             raise ValueError(f"{path} is missing or damaged ({error}); restore it") from error
 
 
 def judge(
-    features: Float[Tensor, "N D"],
-    asked: Int[Tensor, " N"],
-    reference: Reference,
-    seed: int = 0,
+    features: Float[Tensor, "N D"], asked: Int[Tensor, " N"], reference: Reference, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
     """Each figure of some samples, and beside it its floor: that of as many real test images.
 

@@ -43,7 +43,7 @@ class Drawn:
         def part(x: Tensor | None) -> Tensor | None:
             if x is None:
                 return None
-            shape = (-1, len(self.mask), int(self.mask[0].sum()))          # (R, B, M)
+            shape = (-1, len(self.mask), int(self.mask[0].sum()))  # (R, B, M)
             return x.unflatten(0, shape)[:, rows].flatten(0, 2)
 
         return Drawn(self.mask[rows], self.dropped[rows], part(self.t), part(self.noise))
@@ -137,9 +137,13 @@ class MAR(nn.Module, PyTorchModelHubMixin):
 
         self.reset_parameters()
         self.diffloss = head(
-            self.token_embed_dim, dim, diffloss_d, diffloss_w, num_sampling_steps,
+            self.token_embed_dim,
+            dim,
+            diffloss_d,
+            diffloss_w,
+            num_sampling_steps,
             grad_checkpointing,
-        )  # fmt: skip
+        )
 
     def reset_parameters(self) -> None:
         """Xavier for linear layers, normal of std 0.02 for embeddings (MAR's published code)."""
@@ -148,10 +152,13 @@ class MAR(nn.Module, PyTorchModelHubMixin):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for parameter in (
-            self.class_emb.weight, self.fake_latent, self.mask_token,
-            self.encoder_pos_embed_learned, self.decoder_pos_embed_learned,
+            self.class_emb.weight,
+            self.fake_latent,
+            self.mask_token,
+            self.encoder_pos_embed_learned,
+            self.decoder_pos_embed_learned,
             self.diffusion_pos_embed_learned,
-        ):  # fmt: skip
+        ):
             nn.init.normal_(parameter, std=0.02)
 
     def patchify(self, latents: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B L D"]:
@@ -174,7 +181,7 @@ class MAR(nn.Module, PyTorchModelHubMixin):
 
     def class_embedding(self, labels: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
         """One vector for each label; the fake latent for the label -1."""
-        embedded = self.class_emb(labels.clamp(min=0))                      # (B, D)
+        embedded = self.class_emb(labels.clamp(min=0))  # (B, D)
         return torch.where((labels == NO_CLASS)[:, None], self.fake_latent, embedded)
 
     def forward_encoder(
@@ -187,7 +194,7 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         labels   (B,) int64, -1 = no class
         returns  (B, buffer_size + known, D)
         """
-        known = masking.positions(~mask, "known")                           # (B, K)
+        known = masking.positions(~mask, "known")  # (B, K)
         x = torch.cat([self.embed_buffer(labels), self.embed(x, known)], dim=1)
         return self.encoder_norm(self.run(self.encoder_blocks, self.z_proj_ln(x)))
 
@@ -195,12 +202,12 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         self, x: Float[Tensor, "B L C"], places: Int[Tensor, "B K"]
     ) -> Float[Tensor, "B K D"]:
         """The tokens at those places, projected, with their positions."""
-        x = self.z_proj(take(x, places).to(self.z_proj.weight.dtype))       # (B, K, D)
+        x = self.z_proj(take(x, places).to(self.z_proj.weight.dtype))  # (B, K, D)
         return x + take(self.encoder_pos_embed_learned[:, self.buffer_size :], places)
 
     def embed_buffer(self, labels: Int[Tensor, " B"]) -> Float[Tensor, "B N D"]:
         """The buffer tokens: the class in each, with their positions."""
-        buffer = self.class_embedding(labels)[:, None]                      # (B, 1, D)
+        buffer = self.class_embedding(labels)[:, None]  # (B, 1, D)
         return buffer + self.encoder_pos_embed_learned[:, : self.buffer_size]
 
     def forward_decoder(
@@ -216,14 +223,14 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         wanted   (B, L) bool, True = z is needed there, the same number in each row; all if None
         returns  z (B, M, E) of the M wanted places, positions ascending: the head's condition
         """
-        x = self.decoder_embed(x)                                           # (B, S, E)
+        x = self.decoder_embed(x)  # (B, S, E)
         buffer, x = x[:, : self.buffer_size], x[:, self.buffer_size :]
-        full = masking.restore(x, mask, self.mask_token)                    # (B, L, E)
+        full = masking.restore(x, mask, self.mask_token)  # (B, L, E)
         x = torch.cat([buffer, full], dim=1) + self.decoder_pos_embed_learned
         if wanted is None:
             wanted = torch.ones_like(mask)
-        rows = masking.positions(wanted, "wanted")                          # (B, M)
-        x = self.run(self.decoder_blocks, x, rows + self.buffer_size)       # (B, M, E)
+        rows = masking.positions(wanted, "wanted")  # (B, M)
+        x = self.run(self.decoder_blocks, x, rows + self.buffer_size)  # (B, M, E)
         return self.decoder_norm(x) + take(self.diffusion_pos_embed_learned, rows)
 
     def run(
@@ -271,20 +278,24 @@ class MAR(nn.Module, PyTorchModelHubMixin):
 
         Raises ValueError for wrong shapes, labels out of range or of a wrong type.
         """
-        target = self.patchify(latents)                                     # (B, L, C)
-        labels = check_labels(labels, self.class_num, len(target))          # (B,)
+        target = self.patchify(latents)  # (B, L, C)
+        labels = check_labels(labels, self.class_num, len(target))  # (B,)
         if drawn is None:
             drawn = self.draw(len(target), generator, mask=mask, t=t, noise=noise)
-        mask = drawn.mask.to(target.device)                                 # (B, L)
+        mask = drawn.mask.to(target.device)  # (B, L)
         labels = labels.masked_fill(drawn.dropped.to(labels.device), NO_CLASS)
-        x = self.forward_encoder(target, mask, labels)                      # (B, S, D)
-        z = self.forward_decoder(x, mask, wanted=mask)                      # (B, M, E)
-        target = masking.keep(target, mask, "masked")                       # (B, M, C)
+        x = self.forward_encoder(target, mask, labels)  # (B, S, D)
+        z = self.forward_decoder(x, mask, wanted=mask)  # (B, M, E)
+        target = masking.keep(target, mask, "masked")  # (B, M, C)
         head = self.diffloss.terms if return_terms else self.diffloss
         return head(
-            target.flatten(0, 1), z.flatten(0, 1), repeat=self.diffusion_batch_mul, t=drawn.t,
-            noise=drawn.noise, generator=generator,
-        )  # fmt: skip
+            target.flatten(0, 1),
+            z.flatten(0, 1),
+            repeat=self.diffusion_batch_mul,
+            t=drawn.t,
+            noise=drawn.noise,
+            generator=generator,
+        )
 
     def draw(
         self,

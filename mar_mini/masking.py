@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mar_mini.choice import choose
+from mar_mini.configs import choose
 from mar_mini.tokens import take
 
 Order = Callable[[int, int, int, torch.Generator | None], Tensor]
@@ -163,8 +163,8 @@ def known_first(order: Int[Tensor, "B L"], known: Bool[Tensor, "B L"]) -> Int[Te
     known    bool (B, L), True = known from the start, by place and not by turn
     returns  int64 (B, L), each row a permutation
     """
-    unknown = ~known.gather(1, order)                                       # (B, L) by turn
-    return order.gather(1, unknown.int().argsort(dim=1, stable=True))       # (B, L)
+    unknown = ~known.gather(1, order)  # (B, L) by turn
+    return order.gather(1, unknown.int().argsort(dim=1, stable=True))  # (B, L)
 
 
 def positions(chosen: Bool[Tensor, "B L"], what: str = "chosen") -> Int[Tensor, "B K"]:
@@ -207,9 +207,9 @@ def restore(
     mask        bool (B, L), True = masked, K False ones in each row; else ValueError
     mask_token  (1, 1, D)
     """
-    known = positions(~mask, "known")[..., None]                            # (B, K, 1)
-    full = mask_token.to(x.dtype).repeat(*mask.shape, 1)                    # (B, L, D)
-    return full.scatter(1, known.expand_as(x), x)                           # (B, L, D)
+    known = positions(~mask, "known")[..., None]  # (B, K, 1)
+    full = mask_token.to(x.dtype).repeat(*mask.shape, 1)  # (B, L, D)
+    return full.scatter(1, known.expand_as(x), x)  # (B, L, D)
 
 
 def sample_mask_ratio(
@@ -222,8 +222,12 @@ def sample_mask_ratio(
     """
     normal = torch.distributions.Normal(0.0, 1.0)
     lowest = normal.cdf(torch.tensor((mask_ratio_min - 1.0) / std, dtype=torch.float64))
-    u = torch.rand((), generator=generator, dtype=torch.float64,
-                   device="cpu" if generator is None else generator.device).cpu()  # fmt: skip
+    u = torch.rand(
+        (),
+        generator=generator,
+        dtype=torch.float64,
+        device="cpu" if generator is None else generator.device,
+    ).cpu()
     ratio = 1.0 + std * normal.icdf(lowest + u * (0.5 - lowest))
     return min(1.0, max(mask_ratio_min, float(ratio)))
 
@@ -245,9 +249,7 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def masked_after(
-    length: int, num_iter: int, schedule: str | Schedule = "cosine"
-) -> list[int]:
+def masked_after(length: int, num_iter: int, schedule: str | Schedule = "cosine") -> list[int]:
     """How many tokens are still masked after each of `num_iter` steps; the last entry is 0.
 
     schedule  "cosine" (few tokens at first, many at the end; MAR section 3.4, after MaskGIT),
@@ -269,9 +271,7 @@ def masked_after(
     return [*masked[1:], 0]
 
 
-def tokens_per_step(
-    length: int, num_iter: int, schedule: str | Schedule = "cosine"
-) -> list[int]:
+def tokens_per_step(length: int, num_iter: int, schedule: str | Schedule = "cosine") -> list[int]:
     """How many of `length` tokens each of `num_iter` steps predicts: at least 1, in all `length`.
 
     Arguments and errors as for `masked_after`.

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mar_mini.choice import choose
+from mar_mini.configs import choose
 from mar_mini.diffloss import Generators
 from mar_mini.diffusion import Diffusion
+from mar_mini.fast.reuse import Reuse
 from mar_mini.mar import MAR, NO_CLASS, check_labels
 from mar_mini.masking import (
     Order,
@@ -22,7 +23,6 @@ from mar_mini.masking import (
     mask_by_order,
     masked_after,
 )
-from mar_mini.reuse import Reuse
 from mar_mini.solvers import FIRST_TIMESTEP, SOLVERS
 
 CfgSchedule = Callable[[float, int, int], float]
@@ -58,9 +58,12 @@ CFG_SCHEDULES: dict[str, CfgSchedule] = {"linear": linear_cfg, "constant": const
 
 # arguments of `sample` that make it fast and approximate; what they cost: benchmarks/README.md
 FAST = {
-    "solver": "ddim", "num_sampling_steps": (10, 4), "guidance_interval": (0.25, 1.0),
-    "refresh_features": 8, "refresh_guidance": 8,
-}  # fmt: skip
+    "solver": "ddim",
+    "num_sampling_steps": (10, 4),
+    "guidance_interval": (0.25, 1.0),
+    "refresh_features": 8,
+    "refresh_guidance": 8,
+}
 
 
 def sample(
@@ -164,14 +167,23 @@ def anneal(num_steps: int | tuple[int, int] | None, known_shares: list[float]) -
         return [num_steps] * len(known_shares)
     first, last = num_steps
     begin, end = known_shares[0], known_shares[-1]
-    return [round(first + (last - first) * (share - begin) / ((end - begin) or 1.0))
-            for share in known_shares]  # fmt: skip
+    return [
+        round(first + (last - first) * (share - begin) / ((end - begin) or 1.0))
+        for share in known_shares
+    ]
 
 
 def steps(
-    model: MAR, labels: Tensor, reuse: Reuse | None, tokens: Tensor, mask: Tensor, turn: Tensor,
-    schedule: list[int], weights: list[float], head_arguments: list[dict],
-) -> Iterator[Frame]:  # fmt: skip
+    model: MAR,
+    labels: Tensor,
+    reuse: Reuse | None,
+    tokens: Tensor,
+    mask: Tensor,
+    turn: Tensor,
+    schedule: list[int],
+    weights: list[float],
+    head_arguments: list[dict],
+) -> Iterator[Frame]:
     """The loop itself: `one_step` until nothing is masked.
 
     reuse           where z comes from; None: all of it is computed at each step
@@ -183,9 +195,16 @@ def steps(
     for step, num_masked in enumerate(schedule):
         before = mask
         tokens, mask = one_step(
-            model, labels, tokens, before, turn, num_masked, weights[step],
-            conditions=None if reuse is None else partial(reuse, step), **head_arguments[step],
-        )  # fmt: skip
+            model,
+            labels,
+            tokens,
+            before,
+            turn,
+            num_masked,
+            weights[step],
+            conditions=None if reuse is None else partial(reuse, step),
+            **head_arguments[step],
+        )
         yield Frame(step, tokens, before & ~mask, mask)
 
 
@@ -214,11 +233,11 @@ def one_step(
     returns         new tokens and mask; what was given is not changed
     """
     conditions = conditions or partial(exact_conditions, model, labels)
-    still = mask_by_order(order, num_masked)                                    # (B, L)
-    predicted = mask & ~still                                                   # (B, L)
+    still = mask_by_order(order, num_masked)  # (B, L)
+    predicted = mask & ~still  # (B, L)
     with torch.no_grad(), evaluating(model):
         z, z_uncond = conditions(tokens, mask, predicted, cfg != 1.0)
-        drawn = model.diffloss.sample(z, z_uncond, cfg=cfg, **head_arguments)   # (N, C)
+        drawn = model.diffloss.sample(z, z_uncond, cfg=cfg, **head_arguments)  # (N, C)
     return tokens.masked_scatter(predicted[..., None], drawn), still
 
 
@@ -229,19 +248,19 @@ def generate(model: MAR, labels=None, **arguments) -> Float[Tensor, "B L C"]:
 
 def exact_conditions(
     model: MAR, labels: Tensor, tokens: Tensor, mask: Tensor, predicted: Tensor, guided: bool
-) -> tuple[Float[Tensor, "N E"], Float[Tensor, "N E"] | None]:  # fmt: skip
+) -> tuple[Float[Tensor, "N E"], Float[Tensor, "N E"] | None]:
     """z of the `predicted` places, batch-major, from all tokens that are known.
 
     With guidance the batch runs twice, the second half without its labels: z and z_uncond.
     """
     if not guided:
-        x = model.forward_encoder(tokens, mask, labels)                         # (B, S, D)
-        return model.forward_decoder(x, mask, predicted).flatten(0, 1), None    # (N, E)
-    labels = torch.cat([labels, torch.full_like(labels, NO_CLASS)])             # (2B,)
+        x = model.forward_encoder(tokens, mask, labels)  # (B, S, D)
+        return model.forward_decoder(x, mask, predicted).flatten(0, 1), None  # (N, E)
+    labels = torch.cat([labels, torch.full_like(labels, NO_CLASS)])  # (2B,)
     tokens, mask, predicted = (torch.cat([x, x]) for x in (tokens, mask, predicted))
-    x = model.forward_encoder(tokens, mask, labels)                             # (2B, S, D)
-    z = model.forward_decoder(x, mask, predicted)                               # (2B, K, E)
-    z, z_uncond = z.flatten(0, 1).chunk(2)                                      # 2 x (N, E)
+    x = model.forward_encoder(tokens, mask, labels)  # (2B, S, D)
+    z = model.forward_decoder(x, mask, predicted)  # (2B, K, E)
+    z, z_uncond = z.flatten(0, 1).chunk(2)  # 2 x (N, E)
     return z, z_uncond
 
 

@@ -26,11 +26,11 @@ def ddpm(
     draw         called once for the initial state and once for each step but the last
     temperature  scale of the noise injected at each step; nothing is drawn for it at 0
     """
-    x = draw()                                                             # (N, C)
+    x = draw()  # (N, C)
     for t in reversed(range(diffusion.num_steps)):
-        output = denoise(x, t)                                             # (N, 2C)
-        noise = draw() if t > 0 and temperature > 0 else None              # (N, C)
-        x = diffusion.p_sample(output, x, t, noise, temperature, clip)     # (N, C)
+        output = denoise(x, t)  # (N, 2C)
+        noise = draw() if t > 0 and temperature > 0 else None  # (N, C)
+        x = diffusion.p_sample(output, x, t, noise, temperature, clip)  # (N, C)
     return x
 
 
@@ -41,11 +41,11 @@ def ddim(
 
     temperature  scale of the initial noise, the only one there is
     """
-    x = temperature * draw()                                               # (N, C)
+    x = temperature * draw()  # (N, C)
     for t in reversed(range(diffusion.num_steps)):
-        x0 = diffusion.p_mean_variance(denoise(x, t), x, t, clip).x0       # (N, C)
+        x0 = diffusion.p_mean_variance(denoise(x, t), x, t, clip).x0  # (N, C)
         signal, noise, next_signal, next_noise = levels(diffusion, t)
-        x = next_signal * x0 + next_noise / noise * (x - signal * x0)      # (N, C)
+        x = next_signal * x0 + next_noise / noise * (x - signal * x0)  # (N, C)
     return x
 
 
@@ -58,17 +58,17 @@ def dpm_solver(
 
     temperature  scale of the initial noise, the only one there is
     """
-    x, previous = temperature * draw(), None                               # (N, C)
+    x, previous = temperature * draw(), None  # (N, C)
     log_snr = torch.log(diffusion.sqrt_alpha_bars / diffusion.sqrt_one_minus_alpha_bars)
     for t in reversed(range(diffusion.num_steps)):
-        x0 = diffusion.p_mean_variance(denoise(x, t), x, t, clip).x0       # (N, C)
+        x0 = diffusion.p_mean_variance(denoise(x, t), x, t, clip).x0  # (N, C)
         signal, noise, next_signal, next_noise = levels(diffusion, t)
-        ahead = x0                                                         # (N, C)
+        ahead = x0  # (N, C)
         if previous is not None and t > 1:  # the last step is long: no line is continued so far
             step, last_step = log_snr[t - 1] - log_snr[t], log_snr[t] - log_snr[t + 1]
-            ahead = x0 + float(step / last_step / 2) * (x0 - previous)     # (N, C)
+            ahead = x0 + float(step / last_step / 2) * (x0 - previous)  # (N, C)
         shrink = next_noise / noise
-        x = shrink * x + (next_signal - shrink * signal) * ahead           # (N, C)
+        x = shrink * x + (next_signal - shrink * signal) * ahead  # (N, C)
         previous = x0
     return x
 

@@ -17,7 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from mar_mini.batches import (
+from mar_mini.configs import TrainingConfig, choose
+from mar_mini.data import (
     Images,
     InMemory,
     batch_indices,
@@ -27,11 +28,9 @@ from mar_mini.batches import (
     step_generator,
     step_seed,
 )
-from mar_mini.choice import choose
-from mar_mini.compiling import compile_model
-from mar_mini.configs import TrainingConfig
-from mar_mini.distributed import Alone
+from mar_mini.fast.compiling import compile_model
 from mar_mini.mar import MAR
+from mar_mini.run.distributed import Alone
 from mar_mini.vae import AutoencoderKL
 
 ALONE = Alone()
@@ -95,12 +94,7 @@ def train_mar(
 
 
 def train_on(
-    model: MAR,
-    images: Images,
-    config: TrainingConfig,
-    *,
-    seed: int = 0,
-    processes: Alone = ALONE,
+    model: MAR, images: Images, config: TrainingConfig, *, seed: int = 0, processes: Alone = ALONE
 ) -> "Training":
     """Train a MAR in place on images from anywhere; everything else as `train_mar`.
 
@@ -127,11 +121,7 @@ def train_on(
 
 
 def train_vae(
-    model: AutoencoderKL,
-    images: Float[Tensor, "N C H W"],
-    config: TrainingConfig,
-    *,
-    seed: int = 0,
+    model: AutoencoderKL, images: Float[Tensor, "N C H W"], config: TrainingConfig, *, seed: int = 0
 ) -> "Training":
     """Train an autoencoder in place; each step yields a `Step`.
 
@@ -207,22 +197,33 @@ class Training(Iterator[Step]):
         self.model.train()
         rate = learning_rate(config, self.used)
         terms, grad_norm = optimise(
-            self.model, self.optimiser, self.backward, self.ema.update_parameters, rate=rate,
-            grad_clip=config.grad_clip, accept=self.accept,
-        )  # fmt: skip
+            self.model,
+            self.optimiser,
+            self.backward,
+            self.ema.update_parameters,
+            rate=rate,
+            grad_clip=config.grad_clip,
+            accept=self.accept,
+        )
         self.step += 1
         self.seconds += time.perf_counter() - start
         if config.max_seconds is not None:  # the processes end in the same step
             self.seconds = self.processes.first(self.seconds)
         self.used = progress(config, self.step, self.seconds)
         return Step(
-            self.step, terms["loss"], terms, rate, grad_norm, self.step * config.batch_size,
-            self.seconds, self.used, self.model, self.ema.module,
-        )  # fmt: skip
+            self.step,
+            terms["loss"],
+            terms,
+            rate,
+            grad_norm,
+            self.step * config.batch_size,
+            self.seconds,
+            self.used,
+            self.model,
+            self.ema.module,
+        )
 
-    def accept(
-        self, terms: dict[str, Tensor], grad_norm: Tensor
-    ) -> tuple[dict[str, float], float]:
+    def accept(self, terms: dict[str, Tensor], grad_norm: Tensor) -> tuple[dict[str, float], float]:
         """What a step reports, means over the processes, if it may change the weights.
 
         Raises FloatingPointError if the loss or its gradient is not finite.
@@ -284,8 +285,10 @@ class Training(Iterator[Step]):
         Which of the budget is used up follows from the state's steps and seconds.
         """
         model, ema = with_prefix(state, "model."), with_prefix(state, "ema.")
-        for name, ours, theirs in (("model", self.model.state_dict(), model),
-                                   ("ema", self.ema.state_dict(), ema)):  # fmt: skip
+        for name, ours, theirs in (
+            ("model", self.model.state_dict(), model),
+            ("ema", self.ema.state_dict(), ema),
+        ):
             if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
                 raise ValueError(f"the state is of another {name}; build the one it was saved from")
         moments: dict[int, dict[str, Tensor]] = {}
@@ -358,9 +361,14 @@ def training_step(
         return value.detach()
 
     return optimise(
-        model, optimiser, backward, average, rate=rate, grad_clip=grad_clip,
+        model,
+        optimiser,
+        backward,
+        average,
+        rate=rate,
+        grad_clip=grad_clip,
         accept=lambda value, _: value,
-    )  # fmt: skip
+    )
 
 
 def with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

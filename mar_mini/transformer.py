@@ -20,26 +20,29 @@ def drop(x: Tensor, p: float) -> Tensor:
     On a CPU the library draws one random number for each value, one after the other, which takes
     a third of a training step. Here one number of 64 bits decides on four values.
     """
-    dropped = round(p * 2**16)                                         # of 65536 equal cases
+    dropped = round(p * 2**16)  # of 65536 equal cases
     if x.device.type != "cpu" or not 0 < dropped < 2**16:
         return F.dropout(x, p)
     cases = (compiled_cases if torch.compiler.is_compiling() else random_cases)(x)
-    keep = (cases >= dropped - 2**15).view(torch.uint8).to(x.dtype)    # faster than from bool
+    keep = (cases >= dropped - 2**15).view(torch.uint8).to(x.dtype)  # faster than from bool
     return x * keep.mul_(2**16 / (2**16 - dropped))
 
 
 def random_cases(like: Tensor) -> Int[Tensor, "*B"]:
     """Random int16 of that shape, all 65536 cases equally likely; torch's generator is the seed."""
     seed = int(torch.randint(2**62, ()))
-    bits = np.random.SFC64(seed).random_raw(-(-like.numel() // 4))     # 64 of them each
+    bits = np.random.SFC64(seed).random_raw(-(-like.numel() // 4))  # 64 of them each
     return torch.from_numpy(bits.view(np.int16))[: like.numel()].view(like.shape)
 
 
 # `torch.compile` cannot look into it, and must not draw anew in the backward pass
 compiled_cases = torch.library.custom_op(
-    "mar_mini::random_cases", lambda like: random_cases(like), mutates_args=(),
-    schema="(Tensor like) -> Tensor", tags=[torch.Tag.nondeterministic_seeded],
-)  # fmt: skip
+    "mar_mini::random_cases",
+    lambda like: random_cases(like),
+    mutates_args=(),
+    schema="(Tensor like) -> Tensor",
+    tags=[torch.Tag.nondeterministic_seeded],
+)
 compiled_cases.register_fake(lambda like: torch.empty(like.shape, dtype=torch.int16))
 
 
@@ -61,8 +64,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     several times slower than the three operations it fuses.
     """
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
-        weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)     # (B, H, K, N)
-        return drop(weights, dropout) @ v                              # (B, H, K, d)
+        weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)  # (B, H, K, N)
+        return drop(weights, dropout) @ v  # (B, H, K, d)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # (B, H, K, d)
 
 
@@ -87,20 +90,20 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "B N D"], rows: Int[Tensor, "B K"] | None = None
     ) -> Float[Tensor, "B K D"]:
         """All rows of the result, or the given ones only: those ask, all others still answer."""
-        q, k, v = self.project(x, rows)                            # (B, H, K, d), 2 x (B, H, N, d)
+        q, k, v = self.project(x, rows)  # (B, H, K, d), 2 x (B, H, N, d)
         dropout = self.attn_drop.p if self.training else 0.0
-        x = attend(q, k, v, dropout).transpose(1, 2).flatten(2)    # (B, K, D)
-        return self.proj_drop(self.proj(x))                        # (B, K, D)
+        x = attend(q, k, v, dropout).transpose(1, 2).flatten(2)  # (B, K, D)
+        return self.proj_drop(self.proj(x))  # (B, K, D)
 
     def project(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
         """Queries of the given rows (of all if None), keys and values of all, each by heads."""
         if rows is None:
-            return self.heads(self.qkv(x), 3)                      # 3 x (B, H, N, d)
+            return self.heads(self.qkv(x), 3)  # 3 x (B, H, N, d)
         width = x.shape[-1]
         q_weight, kv_weight = self.qkv.weight.split([width, 2 * width])
         q_bias, kv_bias = self.qkv.bias.split([width, 2 * width])
-        q = self.heads(F.linear(take(x, rows), q_weight, q_bias), 1)       # 1 x (B, H, K, d)
-        return *q, *self.heads(F.linear(x, kv_weight, kv_bias), 2)         # 2 x (B, H, N, d)
+        q = self.heads(F.linear(take(x, rows), q_weight, q_bias), 1)  # 1 x (B, H, K, d)
+        return *q, *self.heads(F.linear(x, kv_weight, kv_bias), 2)  # 2 x (B, H, N, d)
 
     def heads(self, x: Float[Tensor, "B N D"], parts: int) -> tuple[Tensor, ...]:
         """The last axis cut into parts, each into heads: parts x (B, H, N, d)."""
@@ -119,8 +122,8 @@ class Mlp(nn.Module):
         self.drop2 = Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        x = self.drop1(self.act(self.fc1(x)))                      # (B, N, hidden_dim)
-        return self.drop2(self.fc2(x))                             # (B, N, D)
+        x = self.drop1(self.act(self.fc1(x)))  # (B, N, hidden_dim)
+        return self.drop2(self.fc2(x))  # (B, N, D)
 
 
 class Block(nn.Module):
@@ -144,6 +147,6 @@ class Block(nn.Module):
         self, x: Float[Tensor, "B N D"], rows: Int[Tensor, "B K"] | None = None
     ) -> Float[Tensor, "B K D"]:
         """The whole result, or those rows of it alone: of a last block few may be needed."""
-        h = self.attn(self.norm1(x), rows)                         # (B, K, D)
-        x = h + (x if rows is None else take(x, rows))             # (B, K, D)
-        return x + self.mlp(self.norm2(x))                         # (B, K, D)
+        h = self.attn(self.norm1(x), rows)  # (B, K, D)
+        x = h + (x if rows is None else take(x, rows))  # (B, K, D)
+        return x + self.mlp(self.norm2(x))  # (B, K, D)

@@ -65,11 +65,11 @@ class ResnetBlock(nn.Module):
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:                      # (B, C_in, H, W)
-        h = self.conv1(F.silu(self.norm1(x)))                    # (B, C_out, H, W)
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))      # (B, C_out, H, W)
+    def forward(self, x: Tensor) -> Tensor:  # (B, C_in, H, W)
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, C_out, H, W)
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))  # (B, C_out, H, W)
         shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
-        return shortcut + h                                      # (B, C_out, H, W)
+        return shortcut + h  # (B, C_out, H, W)
 
 
 class AttnBlock(nn.Module):
@@ -83,11 +83,11 @@ class AttnBlock(nn.Module):
         self.v = nn.Conv2d(channels, channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:                                 # (B, C, H, W)
-        h = self.norm(x)                                                    # (B, C, H, W)
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
+        h = self.norm(x)  # (B, C, H, W)
         q, k, v = (f(h).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))  # (B, 1, HW, C)
-        h = F.scaled_dot_product_attention(q, k, v)                         # (B, 1, HW, C)
-        return x + self.proj_out(h[:, 0].mT.reshape(x.shape))               # (B, C, H, W)
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, HW, C)
+        return x + self.proj_out(h[:, 0].mT.reshape(x.shape))  # (B, C, H, W)
 
 
 class Downsample(nn.Module):
@@ -114,9 +114,9 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        w = self.conv.weight                                     # (C, C, 3, 3)
+        w = self.conv.weight  # (C, C, 3, 3)
         shifts = ((1, 0, 1, 0), (0, 1, 1, 0), (1, 0, 0, 1), (0, 1, 0, 1))
-        kernel = sum(F.pad(w, shift) for shift in shifts)        # (C, C, 4, 4)
+        kernel = sum(F.pad(w, shift) for shift in shifts)  # (C, C, 4, 4)
         kernel = kernel.flip(2, 3).transpose(0, 1)
         return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
 
@@ -142,9 +142,7 @@ class Level(nn.Module):
     ):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.block = nn.ModuleList(
-            ResnetBlock(a, b, num_groups) for a, b in pairwise(widths)
-        )
+        self.block = nn.ModuleList(ResnetBlock(a, b, num_groups) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(
             AttnBlock(out_channels, num_groups) for _ in range(num_blocks if attention else 0)
         )
@@ -162,9 +160,16 @@ class Level(nn.Module):
 
 class Encoder(nn.Module):
     def __init__(
-        self, ch, ch_mult, num_res_blocks, attn_resolutions, resolution, in_channels, z_channels,
+        self,
+        ch,
+        ch_mult,
+        num_res_blocks,
+        attn_resolutions,
+        resolution,
+        in_channels,
+        z_channels,
         num_groups,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.ModuleList()
@@ -180,12 +185,12 @@ class Encoder(nn.Module):
         self.norm_out = norm(width, num_groups)
         self.conv_out = nn.Conv2d(width, 2 * z_channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:                # (B, 3, H, W)
-        x = self.conv_in(x)                                # (B, ch, H, W)
+    def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W)
+        x = self.conv_in(x)  # (B, ch, H, W)
         for level in self.down:
-            x = level(x)                                   # (B, ch * mult, H / 2, W / 2) ...
-        x = self.mid(x)                                    # (B, width, h, w)
-        return self.conv_out(F.silu(self.norm_out(x)))     # (B, 2 * z_channels, h, w)
+            x = level(x)  # (B, ch * mult, H / 2, W / 2) ...
+        x = self.mid(x)  # (B, width, h, w)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 2 * z_channels, h, w)
 
 
 class Decoder(nn.Module):
@@ -207,11 +212,11 @@ class Decoder(nn.Module):
         self.norm_out = norm(width, num_groups)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:                # (B, z_channels, h, w)
-        x = self.mid(self.conv_in(z))                      # (B, width, h, w)
+    def forward(self, z: Tensor) -> Tensor:  # (B, z_channels, h, w)
+        x = self.mid(self.conv_in(z))  # (B, width, h, w)
         for level in reversed(self.up):
-            x = level(x)                                   # (B, ch * mult, 2h, 2w) ...
-        return self.conv_out(F.silu(self.norm_out(x)))     # (B, 3, H, W)
+            x = level(x)  # (B, ch * mult, 2h, 2w) ...
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)
 
 
 class AutoencoderKL(nn.Module, PyTorchModelHubMixin):
@@ -260,9 +265,15 @@ class AutoencoderKL(nn.Module, PyTorchModelHubMixin):
             )
         self.in_channels, self.z_channels = in_channels, z_channels
         self.encoder = Encoder(
-            ch, ch_mult, num_res_blocks, attn_resolutions, resolution, in_channels, z_channels,
+            ch,
+            ch_mult,
+            num_res_blocks,
+            attn_resolutions,
+            resolution,
+            in_channels,
+            z_channels,
             num_groups,
-        )  # fmt: skip
+        )
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, in_channels, z_channels, num_groups)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
@@ -270,9 +281,7 @@ class AutoencoderKL(nn.Module, PyTorchModelHubMixin):
         if linear_path:
             side = self.stride
             self.linear_in = nn.Conv2d(in_channels, z_channels, side, side, bias=False)
-            self.linear_out = nn.ConvTranspose2d(
-                z_channels, in_channels, side, side, bias=False
-            )
+            self.linear_out = nn.ConvTranspose2d(z_channels, in_channels, side, side, bias=False)
 
     @torch.no_grad()
     def start_linear(
@@ -290,12 +299,12 @@ class AutoencoderKL(nn.Module, PyTorchModelHubMixin):
         """
         if not self.linear_path:
             raise ValueError("this model has no linear path; build it with linear_path=True")
-        patches = F.unfold(images, self.stride, stride=self.stride)        # (B, P, L)
-        patches = patches.transpose(1, 2).flatten(0, 1)                    # (B * L, P)
-        second_moment = patches.T @ patches / len(patches)                 # (P, P)
-        axes = torch.linalg.eigh(second_moment).eigenvectors               # smallest first
-        axes = axes[:, -self.z_channels :].T                               # (C, P)
-        spread = (patches @ axes.T).std(0) ** whitening                    # (C,)
+        patches = F.unfold(images, self.stride, stride=self.stride)  # (B, P, L)
+        patches = patches.transpose(1, 2).flatten(0, 1)  # (B * L, P)
+        second_moment = patches.T @ patches / len(patches)  # (P, P)
+        axes = torch.linalg.eigh(second_moment).eigenvectors  # smallest first
+        axes = axes[:, -self.z_channels :].T  # (C, P)
+        spread = (patches @ axes.T).std(0) ** whitening  # (C,)
         scale = spread * (patches @ axes.T / spread).std()
         self.linear_in.weight.copy_((axes / scale[:, None]).view_as(self.linear_in.weight))
         self.linear_out.weight.copy_((axes * scale[:, None]).view_as(self.linear_out.weight))
@@ -318,9 +327,9 @@ class AutoencoderKL(nn.Module, PyTorchModelHubMixin):
                 f"expected images (B, {self.in_channels}, H, W) with H and W multiples of "
                 f"{self.stride}, got {tuple(images.shape)}; convert, crop or pad them"
             )
-        moments = self.quant_conv(self.encoder(images))                    # (B, 2C, h, w)
+        moments = self.quant_conv(self.encoder(images))  # (B, 2C, h, w)
         if self.linear_path:
-            mean, logvar = moments.chunk(2, dim=1)                         # (B, C, h, w) each
+            mean, logvar = moments.chunk(2, dim=1)  # (B, C, h, w) each
             moments = torch.cat([mean + self.linear_in(images), logvar], dim=1)
         return DiagonalGaussian(moments)
 

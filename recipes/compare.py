@@ -19,8 +19,8 @@ import torch
 from mar_mini import load_pretrained
 from mar_mini.data import data_dir
 from mar_mini.evaluation import Reference
-from mar_mini.features import features_of, load_features
 from mar_mini.files import write_atomically
+from mar_mini.judge.features import features_of, load_features
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE.parent / "benchmarks" / "results" / "tokens.json"
@@ -41,10 +41,21 @@ def main() -> None:
         if name == "cifar10_latents" and not (out / "state").exists():
             shutil.copytree(first, out / "state" / "autoencoder")
         if not (out / "config.json").exists():
-            subprocess.run([
-                sys.executable, str(HERE / "train.py"), "--config", name, "--data", "cifar10",
-                "--out", str(out), "--minutes", str(arguments.minutes),
-            ], check=True)  # fmt: skip
+            subprocess.run(
+                [
+                    sys.executable,
+                    str(HERE / "train.py"),
+                    "--config",
+                    name,
+                    "--data",
+                    "cifar10",
+                    "--out",
+                    str(out),
+                    "--minutes",
+                    str(arguments.minutes),
+                ],
+                check=True,
+            )
         judged = out / f"judged-{arguments.samples}.json"
         if judged.exists():
             rows.append(json.loads(judged.read_text()))
@@ -57,16 +68,25 @@ def main() -> None:
                 asked, generator=torch.Generator().manual_seed(i), **SETTINGS
             )
             features.append(features_of(network, images))
-        rows.append({
-            "preset": name, "tokens": pipeline.mar.seq_len, "width": pipeline.mar.token_embed_dim,
-            "parameters": sum(p.numel() for p in pipeline.mar.parameters()),
-            "minutes": pipeline.card["seconds"] / 60, "images_seen": pipeline.card["images_seen"],
-            "distance": reference.distance(torch.cat(features)),
-        })  # fmt: skip
+        rows.append(
+            {
+                "preset": name,
+                "tokens": pipeline.mar.seq_len,
+                "width": pipeline.mar.token_embed_dim,
+                "parameters": sum(p.numel() for p in pipeline.mar.parameters()),
+                "minutes": pipeline.card["seconds"] / 60,
+                "images_seen": pipeline.card["images_seen"],
+                "distance": reference.distance(torch.cat(features)),
+            }
+        )
         judged.write_text(json.dumps(rows[-1]))
         print(rows[-1], flush=True)
-    result = {"samples": arguments.samples, "features": reference.features_name,
-              "settings": SETTINGS, "rows": rows}  # fmt: skip
+    result = {
+        "samples": arguments.samples,
+        "features": reference.features_name,
+        "settings": SETTINGS,
+        "rows": rows,
+    }
     write_atomically(RESULT, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
     draw(result)
 
@@ -75,11 +95,16 @@ def draw(result: dict) -> None:
     """The table of benchmarks/README.md."""
     lines = [
         f"{result['samples']:,} samples of the same model on three kinds of tokens, trained for "
-        f"{result['rows'][0]['minutes']:.0f} minutes each and sampled with guidance 2:", "",
-        "| preset | tokens | parameters | images seen | distance |", "|---|---|---|---|---|",
-        *(f"| `{row['preset']}` | {row['tokens']} of {row['width']} | {row['parameters']:,} | "
-          f"{row['images_seen']:,} | {row['distance']:.1f} |" for row in result["rows"]),
-    ]  # fmt: skip
+        f"{result['rows'][0]['minutes']:.0f} minutes each and sampled with guidance 2:",
+        "",
+        "| preset | tokens | parameters | images seen | distance |",
+        "|---|---|---|---|---|",
+        *(
+            f"| `{row['preset']}` | {row['tokens']} of {row['width']} | {row['parameters']:,} | "
+            f"{row['images_seen']:,} | {row['distance']:.1f} |"
+            for row in result["rows"]
+        ),
+    ]
     path = RESULT.parents[1] / "README.md"
     before, mark, rest = path.read_text().partition("<!-- tokens -->\n")
     after = rest.partition("<!-- end of tokens -->")[2]

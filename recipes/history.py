@@ -22,8 +22,8 @@ from mar_mini import load_pretrained
 from mar_mini.checkpoints import load_weights
 from mar_mini.data import data_dir
 from mar_mini.evaluation import Reference
-from mar_mini.features import features_of, load_features
 from mar_mini.files import write_atomically
+from mar_mini.judge.features import features_of, load_features
 from mar_mini.viz.figures import curves, save_figure
 
 STEPS = 25  # of diffusion
@@ -44,9 +44,10 @@ def main() -> None:
     def samples(step: int, kind: str, count: int) -> torch.Tensor:
         load_weights(pipeline.mar, out / "moments" / f"{kind}-{step:07d}.safetensors")
         return pipeline.generate(
-            torch.arange(count) % len(pipeline.classes), num_sampling_steps=STEPS,
+            torch.arange(count) % len(pipeline.classes),
+            num_sampling_steps=STEPS,
             generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
+        )
 
     history = {row["step"]: row for row in json.loads((out / "history_masked.json").read_text())}
     measure = (
@@ -75,16 +76,19 @@ def main() -> None:
     write(out / "moments.json", result)
     config = json.loads((out / "config.json").read_text())
     config["card"]["metrics"] = {
-        "measure": measure, "distance": moments[-1]["average"], "floor": floor,
-    }  # fmt: skip
+        "measure": measure,
+        "distance": moments[-1]["average"],
+        "floor": floor,
+    }
     write(out / "config.json", config)
     seen = [row["images_seen"] for row in moments]
-    lines = {f"{kind} weights": (seen, [row[kind] for row in moments])
-             for kind in ("average", "raw")}  # fmt: skip
+    lines = {
+        f"{kind} weights": (seen, [row[kind] for row in moments]) for kind in ("average", "raw")
+    }
     lines["real test images"] = (seen, [floor] * len(seen))
     figure = curves(lines, xlabel="images seen", ylabel="Fréchet distance", logy=True)
     save_figure(figure, out / "moments.png")
-    columns = [torch.cat(list(images), 1) for images in growth]                # (3, 8 H, W) each
+    columns = [torch.cat(list(images), 1) for images in growth]  # (3, 8 H, W) each
     sheet = (torch.cat(columns, 2) * 255).round().byte().permute(1, 2, 0).numpy()
     write_atomically(
         out / "growth.png", lambda path: Image.fromarray(sheet).save(path, format="png")

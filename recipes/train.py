@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare machine h
 
 from mar_mini.configs import Config, for_batch_size, get_config
 from mar_mini.data import normalise
-from mar_mini.distributed import Alone, join, own_device
-from mar_mini.recipes import MOMENTS, recorded, train_latents, train_pipeline
-from mar_mini.sources import open_images
+from mar_mini.run.distributed import Alone, join, own_device
+from mar_mini.run.sources import open_images
+from mar_mini.run.train import MOMENTS, recorded, train_latents, train_pipeline
 
 GO_ON = 75  # "temporary failure": a part has ended, the run has not
 
@@ -97,14 +97,19 @@ def run(arguments: argparse.Namespace, processes: Alone) -> int:
             print(text, flush=True)
 
     common = {
-        "seed": arguments.seed, "device": own_device(arguments.device), "processes": processes,
-        "folder": arguments.out / "state", "save_every": 60 * arguments.save_minutes,
-    }  # fmt: skip
+        "seed": arguments.seed,
+        "device": own_device(arguments.device),
+        "processes": processes,
+        "folder": arguments.out / "state",
+        "save_every": 60 * arguments.save_minutes,
+    }
     training = config.training
-    say(f"batch size {training.batch_size} = {processes.count} processes x {training.accumulate} "
-        f"micro batches, learning rate {training.learning_rate:.3g}")  # fmt: skip
+    say(
+        f"batch size {training.batch_size} = {processes.count} processes x {training.accumulate} "
+        f"micro batches, learning rate {training.learning_rate:.3g}"
+    )
     if arguments.latents:
-        from mar_mini.latents import LatentShards
+        from mar_mini.run.latents import LatentShards
 
         images = LatentShards(arguments.latents)
         steps = train_latents(config, images, **common)

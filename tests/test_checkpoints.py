@@ -15,16 +15,29 @@ from mar_mini.configs import MARConfig, SamplingConfig, VAEConfig
 from mar_mini.transformer import Block
 
 WIDTHS = {
-    "class_num": 10, "encoder_embed_dim": 32, "encoder_depth": 1, "encoder_num_heads": 2,
-    "decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2, "buffer_size": 2,
-    "diffloss_d": 1, "diffloss_w": 32, "num_sampling_steps": 4,
-}  # fmt: skip
+    "class_num": 10,
+    "encoder_embed_dim": 32,
+    "encoder_depth": 1,
+    "encoder_num_heads": 2,
+    "decoder_embed_dim": 32,
+    "decoder_depth": 1,
+    "decoder_num_heads": 2,
+    "buffer_size": 2,
+    "diffloss_d": 1,
+    "diffloss_w": 32,
+    "num_sampling_steps": 4,
+}
 PIXELS = MARConfig(img_size=16, vae_stride=1, patch_size=4, vae_embed_dim=1, **WIDTHS)
 LATENTS = MARConfig(img_size=16, vae_stride=4, patch_size=1, vae_embed_dim=4, **WIDTHS)
 VAE = VAEConfig(
-    ch=8, ch_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=(4,), resolution=16, z_channels=4,
+    ch=8,
+    ch_mult=(1, 1, 2),
+    num_res_blocks=1,
+    attn_resolutions=(4,),
+    resolution=16,
+    z_channels=4,
     num_groups=4,
-)  # fmt: skip
+)
 CONFIGS = {
     "pixels": replace(get_config("digits"), name="tiny", mar=PIXELS, vae=None),
     "latents": replace(get_config("cifar10"), name="tiny_latents", mar=LATENTS, vae=VAE),

@@ -6,7 +6,7 @@ import claims
 import pytest
 from nbformat.v4 import new_code_cell, new_output
 
-CHAPTER = '''\
+CHAPTER = """\
 # %% [markdown]
 # # 1 Seeds
 
@@ -39,7 +39,7 @@ assert SECOND, "expected a small seed"
 # This cell comes after the one that fails.
 print("still here")
 assert True
-'''
+"""
 
 
 def chapter(repo, text, stem="01_seeds"):
@@ -66,8 +66,9 @@ def test_a_claim_that_holds_is_recorded_and_one_that_fails_is_red(tmp_path, caps
     ]
     assert fails["claim"] == "Doubling: expected a small seed"
     assert [run["fault"] for run in fails["runs"]] == [
-        None, "AssertionError: expected a small seed",
-    ]  # fmt: skip
+        None,
+        "AssertionError: expected a small seed",
+    ]
     assert [run["printed"] for run in after["runs"]] == ["still here"] * 2
     assert recorded(tmp_path)["02_none"] == []
     page = (tmp_path / "docs" / "claims.md").read_text()
@@ -123,6 +124,8 @@ def test_the_page_shows_the_line_with_the_margin():
 
 
 def test_what_a_cell_prints_is_its_standard_output():
-    outputs = [new_output("stream", name="stderr", text="warning\n"),
-               new_output("stream", name="stdout", text="margin 1\n")]  # fmt: skip
+    outputs = [
+        new_output("stream", name="stderr", text="warning\n"),
+        new_output("stream", name="stdout", text="margin 1\n"),
+    ]
     assert claims.printed(new_code_cell("1", outputs=outputs)) == "margin 1"

@@ -7,7 +7,8 @@ import sys
 import pytest
 from PIL import Image
 
-from mar_mini import cli, course
+from mar_mini import cli
+from mar_mini.course import chapters as course
 
 pytestmark = pytest.mark.slow
 
@@ -25,13 +26,25 @@ def test_train_then_sample(tmp_path):
     with Image.open(tmp_path / "model" / "samples.png") as grid:
         assert grid.width == 700
     done = run(
-        "sample", tmp_path / "model", "--labels", 3, 1, 4, "--out", tmp_path / "deep" / "grid.png",
-        "--num-iter", 4, "--filmstrip", tmp_path / "strip.png",
-    )  # fmt: skip
+        "sample",
+        tmp_path / "model",
+        "--labels",
+        3,
+        1,
+        4,
+        "--out",
+        tmp_path / "deep" / "grid.png",
+        "--num-iter",
+        4,
+        "--filmstrip",
+        tmp_path / "strip.png",
+    )
     assert done.returncode == 0, done.stderr
     assert "3, 1, 4" in done.stdout and "strip.png: 3, step by step" in done.stdout
-    with Image.open(tmp_path / "deep" / "grid.png") as grid, \
-            Image.open(tmp_path / "strip.png") as strip:  # fmt: skip
+    with (
+        Image.open(tmp_path / "deep" / "grid.png") as grid,
+        Image.open(tmp_path / "strip.png") as strip,
+    ):
         assert grid.format == strip.format == "PNG"
         assert (grid.width, strip.width) == (420, 350)  # a fifth of 700 each, an eighth each
 
@@ -41,8 +54,11 @@ def test_the_autoencoder_alone(tmp_path):
     done = run("train", "vae", *few)
     assert done.returncode == 0, done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {
-        "vae.safetensors", "state", "history_autoencoder.json", "history_autoencoder.png"
-    }  # fmt: skip
+        "vae.safetensors",
+        "state",
+        "history_autoencoder.json",
+        "history_autoencoder.png",
+    }
     history = json.loads((tmp_path / "history_autoencoder.json").read_text())
     assert [row["step"] for row in history] == [1, 2] and history[0]["mse"] > 0
 

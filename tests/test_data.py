@@ -19,14 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mar_mini.data import (
-    class_names,
-    data_dir,
-    denormalise,
-    load_images,
-    normalise,
-    to_tensors,
-)
+from mar_mini.data import class_names, data_dir, denormalise, load_images, normalise, to_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = [str(digit) for digit in range(10)]
@@ -334,9 +327,7 @@ def test_writing_again_gives_the_same_bytes(name, split, tool, tmp_path):
     assert file.read_bytes() == (data_dir() / name / f"{split}.parquet").read_bytes()
 
 
-@given(
-    st.integers(1, 5), st.lists(st.integers(0, 4), min_size=1, max_size=3), st.integers(0, 99)
-)
+@given(st.integers(1, 5), st.lists(st.integers(0, 4), min_size=1, max_size=3), st.integers(0, 99))
 def test_choose_is_balanced_and_disjoint(classes, counts, seed):
     sys.path.insert(0, str(ROOT / "tools"))
     try:

@@ -48,7 +48,7 @@ def markdown_of(source: str) -> str:
 def links(text: str) -> list[str]:
     """Targets of links and images, in markdown or HTML, that are not on the web."""
     text = prose(text)
-    found = re.findall(r"\]\(\s*<?([^)\s>]+)>?[^)]*\)", text)           # [text](target "title")
+    found = re.findall(r"\]\(\s*<?([^)\s>]+)>?[^)]*\)", text)  # [text](target "title")
     found += re.findall(r"^\[[^\]]+\]:\s*<?(\S+?)>?\s*$", text, re.MULTILINE)  # [name]: target
     found += re.findall(r"<(?:a|img)\b[^>]*?(?:href|src)=[\"']([^\"']+)", text)
     return [target for target in found if not OUTSIDE.match(target)]
@@ -135,8 +135,10 @@ def resolve(name: str) -> object:
             found = importlib.import_module(module) if importable(module) else getattr(found, part)
         elif hasattr(found, part):
             found = getattr(found, part)
-        elif inspect.isclass(found) and i == len(parts) - 1 and (
-            part in assigned(found) or part in getattr(found, "__dataclass_fields__", {})
+        elif (
+            inspect.isclass(found)
+            and i == len(parts) - 1
+            and (part in assigned(found) or part in getattr(found, "__dataclass_fields__", {}))
         ):
             return None  # an attribute of its instances
         else:
@@ -281,18 +283,36 @@ def test_checks_say_what_teachers_are_told():
 
 @pytest.mark.parametrize(
     "span",
-    ["masking.mask_by_ordr", "masking.Mask", "MAR(buffers)", "Diffusion.gammas", "tests/gone.py",
-     "sampling.sample(cfg, gone)", "masking.ORDERS[\"knight\"]", "cfg = 3"],
-)  # fmt: skip
+    [
+        "masking.mask_by_ordr",
+        "masking.Mask",
+        "MAR(buffers)",
+        "Diffusion.gammas",
+        "tests/gone.py",
+        "sampling.sample(cfg, gone)",
+        'masking.ORDERS["knight"]',
+        "cfg = 3",
+    ],
+)
 def test_code_that_does_not_exist_is_found(span):
     assert unknown_code(span)
 
 
 @pytest.mark.parametrize(
     "span",
-    ["masking", "mar_mini.masking.mask_by_order", "MAR(buffer_size)", "mar.MAR.seq_len", "mar_huge",
-     "Diffusion.alpha_bars", "sampling.sample(cfg, num_iter)", "tests/test_docs.py",
-     "mar_mini/mar.py", "masking.ORDERS[\"spiral\"]", "evaluation.Reference.cov"],
-)  # fmt: skip
+    [
+        "masking",
+        "mar_mini.masking.mask_by_order",
+        "MAR(buffer_size)",
+        "mar.MAR.seq_len",
+        "mar_huge",
+        "Diffusion.alpha_bars",
+        "sampling.sample(cfg, num_iter)",
+        "tests/test_docs.py",
+        "mar_mini/mar.py",
+        'masking.ORDERS["spiral"]',
+        "evaluation.Reference.cov",
+    ],
+)
 def test_code_that_exists_is_known(span):
     assert unknown_code(span) is None

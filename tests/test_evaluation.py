@@ -67,20 +67,20 @@ def test_frechet_distance_refuses_what_is_no_cloud(a, b):
 
 def test_kernel_distance_is_unbiased_and_sees_a_shift():
     seeded = torch.Generator().manual_seed(0)
-    near, spread = kernel_distance(cloud(2000, 20), cloud(2000, 20, seed=1), size=200,
-                                   generator=seeded)  # fmt: skip
+    near, spread = kernel_distance(
+        cloud(2000, 20), cloud(2000, 20, seed=1), size=200, generator=seeded
+    )
     assert abs(near) < 4 * spread / math.sqrt(50)
-    far, spread = kernel_distance(cloud(2000, 20), cloud(2000, 20, shift=0.5, seed=1), size=200,
-                                  generator=seeded)  # fmt: skip
+    far, spread = kernel_distance(
+        cloud(2000, 20), cloud(2000, 20, shift=0.5, seed=1), size=200, generator=seeded
+    )
     assert far > 10 * spread
 
 
 def test_kernel_distance_by_hand():
     a, b = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 1.0], [0.0, 0.0]])
     kernel = lambda x, y: (float(x @ y) / 2 + 1) ** 3  # noqa: E731
-    want = kernel(a[0], a[1]) + kernel(b[0], b[1]) - 2 * sum(
-        kernel(x, y) for x in a for y in b
-    ) / 4  # fmt: skip
+    want = kernel(a[0], a[1]) + kernel(b[0], b[1]) - 2 * sum(kernel(x, y) for x in a for y in b) / 4
     assert kernel_distance(a, b, subsets=3)[0] == pytest.approx(want)
 
 
@@ -120,8 +120,9 @@ def test_a_floor_is_of_two_sets_without_overlap_and_falls_with_their_size():
     (a, b), *_ = sets
     assert (len(a), len(b), len(torch.cat([a, b]).unique())) == (6, 9, 15)
     everything = cloud(4000)
-    few, many = (floor(everything, n, n, generator=torch.Generator().manual_seed(0))
-                 for n in (50, 1000))  # fmt: skip
+    few, many = (
+        floor(everything, n, n, generator=torch.Generator().manual_seed(0)) for n in (50, 1000)
+    )
     assert few > 10 * many
     with pytest.raises(ValueError, match=r"20 real images; expected 12 \+ 9"):
         floor(torch.zeros(20, 2), 12, 9)
@@ -145,8 +146,16 @@ def labelled(n: int, seed: int = 0, shift: float = 0.0) -> tuple[torch.Tensor, t
 def reference() -> Reference:
     train, labels = labelled(4000)
     test, test_labels = labelled(1000, seed=1)
-    return Reference("numbers", train.double().mean(0), torch.cov(train.double().T), train[:1000],
-                     test, labels[:1000], test_labels, 4000)  # fmt: skip
+    return Reference(
+        "numbers",
+        train.double().mean(0),
+        torch.cov(train.double().T),
+        train[:1000],
+        test,
+        labels[:1000],
+        test_labels,
+        4000,
+    )
 
 
 def test_frechet_distance_of_the_library():
@@ -171,8 +180,14 @@ def test_frechet_distance_of_the_library():
 
 
 def test_judging_real_ones_gives_the_floor(reference):
-    allowed = {"distance": 0.2, "KID": 0.25, "precision": 0.08, "recall": 0.08,
-               "class found": 0.02, "nearest": 0.1}  # fmt: skip
+    allowed = {
+        "distance": 0.2,
+        "KID": 0.25,
+        "precision": 0.08,
+        "recall": 0.08,
+        "class found": 0.02,
+        "nearest": 0.1,
+    }
     for name, (value, real) in judge(*labelled(500, seed=9), reference).items():
         assert value == pytest.approx(real, abs=allowed.pop(name)), name
     assert not allowed

@@ -136,10 +136,19 @@ LABELS = torch.tensor([1, 7, 3])
 @pytest.fixture(scope="module", params=MODELS)
 def named_mar(request):
     model = MAR(
-        img_size=32, vae_stride=4, vae_embed_dim=4, class_num=10, encoder_depth=2,
-        decoder_embed_dim=48, decoder_depth=2, decoder_num_heads=4, buffer_size=5, diffloss_d=2,
-        num_sampling_steps=10, **MODELS[request.param],
-    )  # fmt: skip
+        img_size=32,
+        vae_stride=4,
+        vae_embed_dim=4,
+        class_num=10,
+        encoder_depth=2,
+        decoder_embed_dim=48,
+        decoder_depth=2,
+        decoder_num_heads=4,
+        buffer_size=5,
+        diffloss_d=2,
+        num_sampling_steps=10,
+        **MODELS[request.param],
+    )
     return request.param, fill(model, 40)
 
 
@@ -192,11 +201,18 @@ def test_samples(named_mar):
         clip, cfg, schedule, temperature, num_iter, cond = re.search(pattern, key).groups()
         seed = 51 if "clip1_cfg1.0_linear_t1.0_it6_cond" in key else 50
         tokens = generate(
-            model, LABELS if cond == "cond" else None, batch_size=3, num_iter=int(num_iter),
-            cfg=float(cfg), cfg_schedule=schedule, temperature=float(temperature),
-            num_sampling_steps=10, clip=1.0 if clip else None, order=order,
+            model,
+            LABELS if cond == "cond" else None,
+            batch_size=3,
+            num_iter=int(num_iter),
+            cfg=float(cfg),
+            cfg_schedule=schedule,
+            temperature=float(temperature),
+            num_sampling_steps=10,
+            clip=1.0 if clip else None,
+            order=order,
             generator=torch.Generator().manual_seed(seed),
-        )  # fmt: skip
+        )
         check(key, model.unpatchify(tokens), 1e-5 if clip else 5e-6)
 
 

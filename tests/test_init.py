@@ -71,11 +71,21 @@ HOW_MANY = {
 def mar():
     torch.manual_seed(0)
     return MAR(
-        img_size=32, vae_stride=1, patch_size=4, vae_embed_dim=3, class_num=100,
-        encoder_embed_dim=256, encoder_depth=2, encoder_num_heads=4,
-        decoder_embed_dim=192, decoder_depth=2, decoder_num_heads=4,
-        buffer_size=8, diffloss_d=2, diffloss_w=128,
-    )  # fmt: skip
+        img_size=32,
+        vae_stride=1,
+        patch_size=4,
+        vae_embed_dim=3,
+        class_num=100,
+        encoder_embed_dim=256,
+        encoder_depth=2,
+        encoder_num_heads=4,
+        decoder_embed_dim=192,
+        decoder_depth=2,
+        decoder_num_heads=4,
+        buffer_size=8,
+        diffloss_d=2,
+        diffloss_w=128,
+    )
 
 
 def rule_of(name: str) -> str:
@@ -173,9 +183,19 @@ def test_a_head_of_ones_own_keeps_its_start():
             nn.init.constant_(self.out.bias, 7.0)
 
     model = MAR(
-        img_size=8, vae_stride=1, patch_size=4, vae_embed_dim=1, class_num=2, encoder_embed_dim=8,
-        encoder_depth=1, encoder_num_heads=2, decoder_embed_dim=8, decoder_depth=1,
-        decoder_num_heads=2, buffer_size=1, head=Sevens,
-    )  # fmt: skip
+        img_size=8,
+        vae_stride=1,
+        patch_size=4,
+        vae_embed_dim=1,
+        class_num=2,
+        encoder_embed_dim=8,
+        encoder_depth=1,
+        encoder_num_heads=2,
+        decoder_embed_dim=8,
+        decoder_depth=1,
+        decoder_num_heads=2,
+        buffer_size=1,
+        head=Sevens,
+    )
     is_constant(model.diffloss.out.weight, 7.0)
     is_constant(model.diffloss.out.bias, 7.0)

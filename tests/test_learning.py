@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from mar_mini import data, evaluation, get_config
-from mar_mini.recipes import train_pipeline
-from mar_mini.runs import Interrupted
+from mar_mini.run.state import Interrupted
+from mar_mini.run.train import train_pipeline
 
 pytestmark = pytest.mark.slow
 
@@ -58,9 +58,13 @@ def test_without_the_bound_on_x0_the_samples_are_noise(digits):
         from mar_mini import generate
 
         return generate(
-            model, asked, num_iter=16, clip=clip, num_sampling_steps=25,
+            model,
+            asked,
+            num_iter=16,
+            clip=clip,
+            num_sampling_steps=25,
             generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
+        )
 
     bounded, unbounded = tokens(1.0), tokens(None)
     assert bounded.std() < 1.0, f"std {bounded.std():.2f} with the bound"
@@ -99,8 +103,9 @@ def test_a_preset_with_an_autoencoder_measures_its_latents():
     )
     dataset = data.load_images("cifar10_mini", "test").select(range(40))
     images, labels = data.to_tensors(dataset)
-    stages, steps = [], train_pipeline(
-        config, data.normalise(images), labels, data.class_names(dataset)
+    stages, steps = (
+        [],
+        train_pipeline(config, data.normalise(images), labels, data.class_names(dataset)),
     )
     while True:
         try:
@@ -131,8 +136,9 @@ def test_a_pipeline_in_two_stages_goes_on_after_a_stop(tmp_path):
 
     def run(folder, stops):
         """Until the next of the stops, a number of steps after which Ctrl-C comes."""
-        steps = train_pipeline(config, data.normalise(images), labels, data.class_names(dataset),
-                               folder=folder)  # fmt: skip
+        steps = train_pipeline(
+            config, data.normalise(images), labels, data.class_names(dataset), folder=folder
+        )
         try:
             for count in range(1, 100):
                 next(steps)

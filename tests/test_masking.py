@@ -96,8 +96,7 @@ def test_checkerboard_finishes_one_colour_before_the_other():
 
 
 @pytest.mark.parametrize(
-    ("height", "width"),
-    [(2, 3), (4, 3), (2, 1), (8, 3), (1, 3), (16, 3), (4, 9), (2, 27)],
+    ("height", "width"), [(2, 3), (4, 3), (2, 1), (8, 3), (1, 3), (16, 3), (4, 9), (2, 27)]
 )
 def test_halton_visits_each_box_once_in_a_round(height, width):
     """On a grid of 2^a x 3^b cells the first points of the sequence meet each cell exactly once.
@@ -160,8 +159,9 @@ def test_other_orders_draw_nothing(name):
 
 def test_make_order_by_name():
     assert torch.equal(make_order("spiral", 3, 4, 2), ORDERS["spiral"](3, 4, 2))
-    assert torch.equal(make_order("random", 3, 4, 2, generator(3)),
-                       ORDERS["random"](3, 4, 2, generator(3)))  # fmt: skip
+    assert torch.equal(
+        make_order("random", 3, 4, 2, generator(3)), ORDERS["random"](3, 4, 2, generator(3))
+    )
 
 
 def test_make_order_names_those_there_are():
@@ -218,8 +218,12 @@ def test_make_order_names_the_wrong_row():
 # Masks -------------------------------------------------------------------------------------------
 
 
-@given(height=st.integers(1, 8), width=st.integers(1, 8), batch_size=st.integers(1, 3),
-       seed=st.integers(0, 2**32))  # fmt: skip
+@given(
+    height=st.integers(1, 8),
+    width=st.integers(1, 8),
+    batch_size=st.integers(1, 3),
+    seed=st.integers(0, 2**32),
+)
 @settings(max_examples=50, deadline=None)
 def test_the_mask_is_the_end_of_the_order(height, width, batch_size, seed):
     length = height * width

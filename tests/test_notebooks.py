@@ -176,8 +176,10 @@ def test_a_built_chapter_is_executed_leniently_and_passes_the_check(built, capsy
     solution = nbformat.read(built / "notebooks/solutions/06_double.ipynb", as_version=4)
     assert not any(c.get("outputs") or c.get("execution_count") for c in solution.cells)
     assert sorted(p.name for p in (built / "notebooks").iterdir()) == [
-        "06_double.ipynb", "solutions", "src",
-    ]  # fmt: skip
+        "06_double.ipynb",
+        "solutions",
+        "src",
+    ]
     assert tool.main(["--check"], built) == 0
     assert capsys.readouterr().err == ""
 

@@ -6,7 +6,7 @@ import claims
 import pytest
 from build_notebooks import make_notebook
 
-from mar_mini.course import CellFailed, execute
+from mar_mini.course.chapters import CellFailed, execute
 
 REPO = Path(__file__).resolve().parent.parent
 # chapter, words of the claim's cell, what its premise says, and what stands there without it
@@ -14,21 +14,45 @@ PREMISES = [
     ("00_tour", "tokens of sixteen steps should agree", "num_iter=steps,", "num_iter=1,"),
     ("01_tokens", "more than 16 times", "seconds(64), seconds(1024)", "seconds(64), seconds(128)"),
     ("02_vae", "expected draws to gain 1 dB", "max_steps=120", "max_steps=12"),
-    ("03_diffusion", "the mean noise is the best guess", "x0 = (share * each).sum(1)",
-     "x0 = each.mean(1)"),
-    ("04_diffloss", "a token that hardly ever occurs", "RADIUS, SPREAD, SHARE, LIMIT = 1.2",
-     "RADIUS, SPREAD, SHARE, LIMIT = 0.2"),
-    ("05_transformer", "the rounding of float32", "return x + block.mlp.fc2(h)",
-     "return block.mlp.fc2(h)"),
+    (
+        "03_diffusion",
+        "the mean noise is the best guess",
+        "x0 = (share * each).sum(1)",
+        "x0 = each.mean(1)",
+    ),
+    (
+        "04_diffloss",
+        "a token that hardly ever occurs",
+        "RADIUS, SPREAD, SHARE, LIMIT = 1.2",
+        "RADIUS, SPREAD, SHARE, LIMIT = 0.2",
+    ),
+    (
+        "05_transformer",
+        "the rounding of float32",
+        "return x + block.mlp.fc2(h)",
+        "return block.mlp.fc2(h)",
+    ),
     ("09_evaluation", "worse > better", "16 / 255 * noise", "4 / 255 * noise"),
-    ("08_sampling", "largest difference to the package's tokens", "mask, order, left, cfg,",
-     "mask, order, left, 1.0,"),
-    ("10_full_size", "each part has its own rows", "6 * parts[name][part] * rows[part] / 1e9",
-     "6 * parts[name][part] * 256 / 1e9"),
-    ("06_masking", "expected one step to lose more than 20 nats",
-     "places, places) / REACH", "places, places) / 0.1"),
+    (
+        "08_sampling",
+        "largest difference to the package's tokens",
+        "mask, order, left, cfg,",
+        "mask, order, left, 1.0,",
+    ),
+    (
+        "10_full_size",
+        "each part has its own rows",
+        "6 * parts[name][part] * rows[part] / 1e9",
+        "6 * parts[name][part] * 256 / 1e9",
+    ),
+    (
+        "06_masking",
+        "expected one step to lose more than 20 nats",
+        "places, places) / REACH",
+        "places, places) / 0.1",
+    ),
     ("07_mar", "of the way apart", "step_generator(seed, step)", "step_generator(seed, step + 1)"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("stem, words, premise, without", PREMISES, ids=[p[0] for p in PREMISES])

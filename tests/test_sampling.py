@@ -14,11 +14,22 @@ from mar_mini.sampling import one_step
 from mar_mini.transformer import Block
 
 SIZES = {
-    "img_size": 16, "vae_stride": 1, "patch_size": 4, "vae_embed_dim": 1, "class_num": 10,
-    "encoder_embed_dim": 32, "encoder_depth": 1, "encoder_num_heads": 2,
-    "decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2,
-    "buffer_size": 2, "diffloss_d": 1, "diffloss_w": 32, "num_sampling_steps": 4,
-}  # fmt: skip
+    "img_size": 16,
+    "vae_stride": 1,
+    "patch_size": 4,
+    "vae_embed_dim": 1,
+    "class_num": 10,
+    "encoder_embed_dim": 32,
+    "encoder_depth": 1,
+    "encoder_num_heads": 2,
+    "decoder_embed_dim": 32,
+    "decoder_depth": 1,
+    "decoder_num_heads": 2,
+    "buffer_size": 2,
+    "diffloss_d": 1,
+    "diffloss_w": 32,
+    "num_sampling_steps": 4,
+}
 L, C = 16, 16  # tokens of an image, values of a token
 
 
@@ -78,15 +89,26 @@ class Mean(Head):
 # Frames ------------------------------------------------------------------------------------------
 
 
-@given(num_iter=st.integers(1, L), batch_size=st.integers(1, 3), seed=seeds,
-       cfg=st.sampled_from([1.0, 3.0]))  # fmt: skip
+@given(
+    num_iter=st.integers(1, L),
+    batch_size=st.integers(1, 3),
+    seed=seeds,
+    cfg=st.sampled_from([1.0, 3.0]),
+)
 @laws
 def test_frames_fill_the_image_in_order(num_iter, batch_size, seed, cfg):
     order = random_rows(batch_size, seed)
-    frames = list(sample(
-        MODEL, list(range(batch_size)), num_iter=num_iter, cfg=cfg, clip=1.0, order=order,
-        generator=seeded(seed),
-    ))  # fmt: skip
+    frames = list(
+        sample(
+            MODEL,
+            list(range(batch_size)),
+            num_iter=num_iter,
+            cfg=cfg,
+            clip=1.0,
+            order=order,
+            generator=seeded(seed),
+        )
+    )
     counts = tokens_per_step(L, num_iter)
     tokens, mask, done = torch.zeros(batch_size, L, C), torch.ones(batch_size, L, dtype=bool), 0
     assert [frame.step for frame in frames] == list(range(num_iter))
@@ -137,9 +159,9 @@ def test_a_seed_is_a_sample(model, order):
 
 
 IMAGES = [(3, 11), (7, 12), (-1, 13), (3, 14)]  # label and seed
-ALONE = torch.cat([
-    draw(MODEL, [label], generator=[seeded(seed)], cfg=2.0) for label, seed in IMAGES
-])  # fmt: skip
+ALONE = torch.cat(
+    [draw(MODEL, [label], generator=[seeded(seed)], cfg=2.0) for label, seed in IMAGES]
+)
 
 
 @given(st.lists(st.integers(0, len(IMAGES) - 1), min_size=1, max_size=5))
@@ -169,9 +191,8 @@ def test_how_much_is_drawn(model, temperature, draws, cfg):
     """
     g, by_hand = seeded(), seeded()
     draw(
-        model, [1, 2, 3], num_iter=5, cfg=cfg, temperature=temperature, order="raster",
-        generator=g,
-    )  # fmt: skip
+        model, [1, 2, 3], num_iter=5, cfg=cfg, temperature=temperature, order="raster", generator=g
+    )
     for count in tokens_per_step(L, 5):
         for _ in range(draws):
             torch.randn(3 * count, C, generator=by_hand)
@@ -202,10 +223,19 @@ def test_known_tokens_stay_to_the_bit(data, num_known, batch_size, seed):
     order = random_rows(batch_size, seed)
 
     def paint(tokens):
-        return list(sample(
-            MODEL, [2] * batch_size, num_iter=num_iter, cfg=2.0, clip=1.0, tokens=tokens,
-            known=known, order=order, generator=seeded(seed),
-        ))  # fmt: skip
+        return list(
+            sample(
+                MODEL,
+                [2] * batch_size,
+                num_iter=num_iter,
+                cfg=2.0,
+                clip=1.0,
+                tokens=tokens,
+                known=known,
+                order=order,
+                generator=seeded(seed),
+            )
+        )
 
     frames = paint(given_tokens.masked_fill(~known[..., None], float("nan")))
     for frame in frames:
@@ -381,8 +411,15 @@ def test_the_weight_of_each_step(num_iter):
 def test_guidance_while_painting_in_counts_what_is_left():
     model, asked = build(head=Mean), []
     known = torch.arange(L).expand(1, -1) < 12
-    draw(model, [1], tokens=torch.zeros(1, L, C), known=known, num_iter=2, cfg=2.0,
-         cfg_schedule=lambda *given_to: asked.append(given_to) or 1.5)  # fmt: skip
+    draw(
+        model,
+        [1],
+        tokens=torch.zeros(1, L, C),
+        known=known,
+        num_iter=2,
+        cfg=2.0,
+        cfg_schedule=lambda *given_to: asked.append(given_to) or 1.5,
+    )
     assert asked == [(2.0, masked_after(4, 2)[0], L), (2.0, 1, L)]
 
 
@@ -430,10 +467,18 @@ def test_options_reach_the_head():
     g = seeded()
     draw(model, [1, 2], num_iter=2, temperature=0.7, clip=3.0, num_sampling_steps=9, generator=g)
     assert model.diffloss.asked == [
-        {"n": 2 * count, "guided": False, "cfg": 1.0, "temperature": 0.7, "clip": 3.0,
-         "num_sampling_steps": 9, "solver": "ddpm", "generator": g}
+        {
+            "n": 2 * count,
+            "guided": False,
+            "cfg": 1.0,
+            "temperature": 0.7,
+            "clip": 3.0,
+            "num_sampling_steps": 9,
+            "solver": "ddpm",
+            "generator": g,
+        }
         for count in tokens_per_step(L, 2)
-    ]  # fmt: skip
+    ]
 
 
 def test_the_number_of_diffusion_steps(model):
@@ -461,9 +506,7 @@ def test_a_block_of_ones_own():
     draw(model, [1, 2], num_iter=2, order="raster")
     first = tokens_per_step(L, 2)[0]
     assert seen == [
-        shape
-        for known in (0, first)
-        for shape in [(2, 2 + known, 32)] * 2 + [(2, 2 + L, 32)]
+        shape for known in (0, first) for shape in [(2, 2 + known, 32)] * 2 + [(2, 2 + L, 32)]
     ]
     plain = build(encoder_depth=2)
     # the last block of `plain` computes the wanted rows alone, which is rounded differently
@@ -517,7 +560,8 @@ REFUSED = {
         r"tokens have shape \(2, 16, 4\); expected \(2, 16, 16\)",
     ),
     "tokens for another batch": (
-        {"tokens": torch.zeros(3, L, C), "known": HALF}, r"\(3, 16, 16\); expected \(2, 16, 16\)"
+        {"tokens": torch.zeros(3, L, C), "known": HALF},
+        r"\(3, 16, 16\); expected \(2, 16, 16\)",
     ),
     "tokens without known": ({"tokens": TOKENS}, "both `tokens` and `known`, or neither"),
     "known without tokens": ({"known": HALF}, "both `tokens` and `known`, or neither"),
@@ -530,35 +574,41 @@ REFUSED = {
         r"known is torch.bool \(2, 8\); expected bool \(2, 16\), True = given",
     ),
     "known of different numbers": (
-        {"tokens": TOKENS, "known": UNEVEN}, "row 0 of known has 8 given tokens, row 1 has 9"
+        {"tokens": TOKENS, "known": UNEVEN},
+        "row 0 of known has 8 given tokens, row 1 has 9",
     ),
     "everything known": (
-        {"tokens": TOKENS, "known": HALF | ~HALF}, "every token is known: there is nothing to"
+        {"tokens": TOKENS, "known": HALF | ~HALF},
+        "every token is known: there is nothing to",
     ),
     "no step": ({"num_iter": 0}, "num_iter is 0; expected 1 to 16"),
     "too many steps": ({"num_iter": 17}, "num_iter is 17; expected 1 to 16, since each step"),
     "more steps than unknown": (
-        {"num_iter": 9, "tokens": TOKENS, "known": HALF}, "num_iter is 9; expected 1 to 8"
+        {"num_iter": 9, "tokens": TOKENS, "known": HALF},
+        "num_iter is 9; expected 1 to 8",
     ),
     "unknown order": ({"order": "zigzag"}, "unknown order 'zigzag'; expected one of: random, ras"),
     "order of another shape": (
-        {"order": torch.arange(L).expand(3, -1)}, r"shape \(3, 16\); expected \(2, 16\)"
+        {"order": torch.arange(L).expand(3, -1)},
+        r"shape \(3, 16\); expected \(2, 16\)",
     ),
     "order of floats": ({"order": torch.rand(2, L)}, "torch.float32; expected .*int64"),
     "order with a repetition": (
-        {"order": torch.zeros(2, L, dtype=torch.int64)}, "not a permutation of 0 to 15"
+        {"order": torch.zeros(2, L, dtype=torch.int64)},
+        "not a permutation of 0 to 15",
     ),
     "unknown guidance": (
         {"cfg_schedule": "cosine"},
         "unknown cfg_schedule 'cosine'; expected one of: linear, constant",
     ),
     "too many generators": (
-        {"generator": [seeded(), seeded(), seeded()]}, "3 generators for 2 images; pass one"
+        {"generator": [seeded(), seeded(), seeded()]},
+        "3 generators for 2 images; pass one",
     ),
     "one diffusion step": ({"num_sampling_steps": 1}, "sampling_steps is 1; expected 2 to 1000"),
     "no diffusion step": ({"num_sampling_steps": 0}, "sampling_steps is 0; expected 2 to 1000"),
     "1001 diffusion steps": ({"num_sampling_steps": 1001}, "is 1001; expected 2 to 1000"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -594,7 +644,7 @@ FORWARD = {
     "labels of floats": ({"labels": torch.tensor([1.0, 2.0])}, "labels are torch.float32"),
     "too few labels": ({"labels": torch.tensor([1])}, r"shape \(1,\); expected \(2,\), one for"),
     "uneven mask": ({"mask": UNEVEN}, "row 0 of the mask has 8 known tokens, row 1 has 7"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", FORWARD)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from mar_mini import data, load_pretrained
 from mar_mini.evaluation import Reference, psnr
-from mar_mini.features import features_of, load_features
+from mar_mini.judge.features import features_of, load_features
 from mar_mini.viz.figures import image_grid, png
 
 FOLDER = data.data_dir() / "weights" / "cifar10"
@@ -35,8 +35,20 @@ def test_size_and_precision(pipeline):
 
 
 def test_the_card_lets_anyone_repeat_the_training(pipeline):
-    known = {"steps", "seconds", "seed", "images_seen", "device", "torch", "commit", "training",
-             "vae_training", "data", "data_md5", "command"}  # fmt: skip
+    known = {
+        "steps",
+        "seconds",
+        "seed",
+        "images_seen",
+        "device",
+        "torch",
+        "commit",
+        "training",
+        "vae_training",
+        "data",
+        "data_md5",
+        "command",
+    }
     assert known <= pipeline.card.keys()
     assert pipeline.card["command"].startswith("python recipes/train.py --")
 
@@ -61,12 +73,23 @@ def test_sixteen_images_in_twenty_seconds(pipeline):
 def test_the_command_line_makes_the_same_images(pipeline, tmp_path):
     """The model's bound on x0 among them: without it the pixels are all black or white."""
     path = tmp_path / "two.png"
-    command = [sys.executable, "-m", "mar_mini", "sample", "cifar10", "--labels", "0", "8",
-               "--out", str(path)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "mar_mini",
+        "sample",
+        "cifar10",
+        "--labels",
+        "0",
+        "8",
+        "--out",
+        str(path),
+    ]
     assert subprocess.run(command, capture_output=True).returncode == 0
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
-    figure = image_grid(pipeline.generate([0, 8], generator=generators), columns=2,
-                        titles=["airplane", "ship"])  # fmt: skip
+    figure = image_grid(
+        pipeline.generate([0, 8], generator=generators), columns=2, titles=["airplane", "ship"]
+    )
     with Image.open(path) as ours, Image.open(io.BytesIO(png(figure))) as theirs:
         difference = np.abs(np.asarray(ours, float) - np.asarray(theirs, float))
     assert difference.mean() < 0.5, "other images than those of `generate`"
@@ -83,9 +106,7 @@ def test_samples_are_nearer_to_real_images_than_noise_and_the_wrong_class(pipeli
     noise = torch.randn(300, len(values), generator=torch.Generator().manual_seed(0)).double()
     gaussian = real.mean(0) + noise * values.clamp(min=0).sqrt() @ vectors.T
     gaussian = gaussian.view(-1, 3, 32, 32).clamp(0, 1).float()
-    samples, blobs = (
-        reference.distance(features_of(network, x)) for x in (images, gaussian)
-    )
+    samples, blobs = (reference.distance(features_of(network, x)) for x in (images, gaussian))
     floor = reference.distance(reference.test[:300])
     assert floor < samples and samples - floor < 0.6 * (blobs - floor), (samples, blobs, floor)
 

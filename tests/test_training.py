@@ -28,12 +28,24 @@ from mar_mini.training import (
 )
 
 SIZES = {
-    "img_size": 16, "vae_stride": 1, "patch_size": 4, "vae_embed_dim": 1, "class_num": 10,
-    "encoder_embed_dim": 32, "encoder_depth": 1, "encoder_num_heads": 2,
-    "decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2,
-    "buffer_size": 2, "diffloss_d": 1, "diffloss_w": 32, "num_sampling_steps": 4,
-    "attn_dropout": 0.0, "proj_dropout": 0.0,
-}  # fmt: skip
+    "img_size": 16,
+    "vae_stride": 1,
+    "patch_size": 4,
+    "vae_embed_dim": 1,
+    "class_num": 10,
+    "encoder_embed_dim": 32,
+    "encoder_depth": 1,
+    "encoder_num_heads": 2,
+    "decoder_embed_dim": 32,
+    "decoder_depth": 1,
+    "decoder_num_heads": 2,
+    "buffer_size": 2,
+    "diffloss_d": 1,
+    "diffloss_w": 32,
+    "num_sampling_steps": 4,
+    "attn_dropout": 0.0,
+    "proj_dropout": 0.0,
+}
 CPU = torch.device("cpu")
 LATENTS = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
 LABELS = torch.arange(8)
@@ -118,8 +130,9 @@ def test_each_step_has_its_own_random_numbers():
     """Of 400 pairs of seed and step no two begin alike; seed and step do not swap roles."""
     first = {
         (seed, step): float(torch.rand((), generator=step_generator(seed, step)))
-        for seed in range(20) for step in range(20)
-    }  # fmt: skip
+        for seed in range(20)
+        for step in range(20)
+    }
     assert len(set(first.values())) == 400
     assert first[3, 5] == float(torch.rand((), generator=step_generator(3, 5)))
 
@@ -184,9 +197,10 @@ def test_a_budget_of_seconds(monkeypatch):
 
 def test_a_budget_of_real_seconds():
     start = time.perf_counter()
-    seconds = [s.seconds for s in train_mar(
-        build(), LATENTS, LABELS, changed(max_steps=None, max_seconds=0.3)
-    )]  # fmt: skip
+    seconds = [
+        s.seconds
+        for s in train_mar(build(), LATENTS, LABELS, changed(max_steps=None, max_seconds=0.3))
+    ]
     assert all(s < 0.3 for s in seconds[:-1])
     assert 0.3 <= seconds[-1] <= time.perf_counter() - start
 
@@ -210,11 +224,24 @@ def test_what_is_decayed():
         for group in parameter_groups(model, 0.3)
     )
     linear = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-    assert decayed == (0.3, {
-        "fake_latent", "mask_token", "encoder_pos_embed_learned", "decoder_pos_embed_learned",
-        "diffusion_pos_embed_learned", "class_emb.weight", "z_proj.weight", "decoder_embed.weight",
-        *(f"{half}_blocks.0.{name}.weight" for half in ("encoder", "decoder") for name in linear),
-    })  # fmt: skip
+    assert decayed == (
+        0.3,
+        {
+            "fake_latent",
+            "mask_token",
+            "encoder_pos_embed_learned",
+            "decoder_pos_embed_learned",
+            "diffusion_pos_embed_learned",
+            "class_emb.weight",
+            "z_proj.weight",
+            "decoder_embed.weight",
+            *(
+                f"{half}_blocks.0.{name}.weight"
+                for half in ("encoder", "decoder")
+                for name in linear
+            ),
+        },
+    )
     assert other == (0.0, set(names.values()) - decayed[1])
     assert {"diffloss.net.input_proj.weight", "encoder_norm.weight", "z_proj.bias"} <= other[1]
 
@@ -295,10 +322,13 @@ def test_a_training_step_is_that_of_a_training():
         picked = batch_indices(3, step, len(LATENTS), config.batch_size)
         drawn = model.draw(len(picked), step_generator(3, step))
         got = training_step(
-            model, optimiser, partial(model, LATENTS[picked], LABELS[picked], drawn=drawn),
-            ema.update_parameters, rate=learning_rate(config, step / 4),
+            model,
+            optimiser,
+            partial(model, LATENTS[picked], LABELS[picked], drawn=drawn),
+            ema.update_parameters,
+            rate=learning_rate(config, step / 4),
             grad_clip=config.grad_clip,
-        )  # fmt: skip
+        )
         assert float(got) == pytest.approx(state.loss, rel=1e-5) and not got.requires_grad
     for mine, theirs in ((model, whole), (ema.module, states[-1].ema)):
         for name, x in weights(theirs).items():
@@ -397,9 +427,10 @@ REFUSED = {
     "empty batch": ({"batch_size": 0}, "batch_size is 0; expected 1 to 8"),
     "unknown decay": ({"decay": "linear"}, "unknown decay 'linear'; expected one of: cosine"),
     "unknown precision": (
-        {"precision": "fp16"}, "unknown precision 'fp16'; expected one of: auto, float32, bf16"
+        {"precision": "fp16"},
+        "unknown precision 'fp16'; expected one of: auto, float32, bf16",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -525,17 +556,22 @@ def test_a_tiny_model_learns_eight_images_by_heart():
     assert last < first / 2
     assert all(step.terms.keys() == {"loss", "mse", "vb"} for step in steps)
     assert all(
-        step.loss == pytest.approx(step.terms["mse"] + step.terms["vb"], rel=1e-5)
-        for step in steps
+        step.loss == pytest.approx(step.terms["mse"] + step.terms["vb"], rel=1e-5) for step in steps
     )
 
 
 def tiny_vae() -> AutoencoderKL:
     torch.manual_seed(0)
     return AutoencoderKL(
-        ch=16, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), resolution=16, z_channels=4,
-        in_channels=1, num_groups=8,
-    )  # fmt: skip
+        ch=16,
+        ch_mult=(1, 2),
+        num_res_blocks=1,
+        attn_resolutions=(),
+        resolution=16,
+        z_channels=4,
+        in_channels=1,
+        num_groups=8,
+    )
 
 
 def smooth_images(n: int) -> torch.Tensor:

@@ -111,16 +111,22 @@ def test_no_parameter_is_elsewhere(models, root):
     """All but the bare parameters of MAR belong to a module that the tree prints."""
     owners = {name.rpartition(".")[0] for name, _ in models[root].named_parameters()}
     assert owners - {""} == {
-        path for path, text in with_parameters(printed(TEXT, root)).items()
+        path
+        for path, text in with_parameters(printed(TEXT, root)).items()
         if "affine=False" not in text
-    }  # fmt: skip
+    }
     bare = {name for name, _ in models[root].named_parameters() if "." not in name}
     assert bare == (
         {
-            "fake_latent", "mask_token", "encoder_pos_embed_learned", "decoder_pos_embed_learned",
+            "fake_latent",
+            "mask_token",
+            "encoder_pos_embed_learned",
+            "decoder_pos_embed_learned",
             "diffusion_pos_embed_learned",
-        } if root == "MAR" else set()
-    )  # fmt: skip
+        }
+        if root == "MAR"
+        else set()
+    )
 
 
 @pytest.mark.parametrize("root", PRESETS)
@@ -130,9 +136,14 @@ def test_modules_that_hold_others_are_of_the_printed_class(models, root):
     parents = {path: text for path, text in tree.items() if re.fullmatch(r"\w+", text)}
     nameless = {path: text for path, text in model.items() if parents.get(path) == "Module"}
     assert set(nameless.values()) == ({"Level", "Middle"} if root == "AutoencoderKL" else set())
-    assert differences(parents, {k: v for k, v in model.items() if k in parents} | {
-        path: "Module" for path in nameless
-    }) == []  # fmt: skip
+    assert (
+        differences(
+            parents,
+            {k: v for k, v in model.items() if k in parents}
+            | {path: "Module" for path in nameless},
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize(("root", "count"), [("AutoencoderKL", 29), ("MAR", 4 * 32)])
@@ -140,9 +151,10 @@ def test_dropouts_and_activations_are_those_printed(models, root, count):
     """Modules without parameters, where we have a module and not a function."""
     tree, model = printed(TEXT, root), built(models[root])
     ours = {
-        path: text for path, text in model.items()
+        path: text
+        for path, text in model.items()
         if text.split("(")[0] not in WITH_PARAMETERS and re.fullmatch(r"\w+\(.*\)", text)
-    }  # fmt: skip
+    }
     assert sum(text.startswith("Dropout") for text in ours.values()) == count
     assert differences({path: tree.get(path, "nothing") for path in ours}, ours) == []
 
@@ -163,13 +175,16 @@ ALTERATIONS = {
     "eps": ("LayerNorm((1536,), eps=1e-06, elementwise_affine=True)", "1e-06", "1e-05"),
     "affine": ("LayerNorm((1536,), eps=1e-06, elementwise_affine=False)", "False", "True"),
     "width": ("(qkv): Linear(in_features=1024, out_features=3072", "3072", "3071"),
-    "padding": ("(conv): Conv2d(128, 128, kernel_size=(3, 3), stride=(2, 2))", "(2, 2)",
-                "(2, 2), padding=(1, 1)"),
+    "padding": (
+        "(conv): Conv2d(128, 128, kernel_size=(3, 3), stride=(2, 2))",
+        "(2, 2)",
+        "(2, 2), padding=(1, 1)",
+    ),
     "groups": ("(norm_out): GroupNorm(32, 128", "32", "16"),
     "class": ("(q): Conv2d(512", "Conv2d", "Linear"),
     "name": ("(nin_shortcut)", "nin_shortcut", "shortcut"),
     "repetitions": ("(0-11): 12 x ResBlock", "(0-11): 12", "(0-10): 11"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", ALTERATIONS)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 RUN_JUPYTER = (
-    "import sys; from pathlib import Path; from mar_mini.course import run_jupyter; "
+    "import sys; from pathlib import Path; from mar_mini.course.chapters import run_jupyter; "
     "sys.exit(run_jupyter(sys.argv[1:], Path.cwd()))"
 )
 # told apart from faults of ours: what other people's pages say of themselves in a console
@@ -80,9 +80,12 @@ def served(*command: str, folder: Path, seconds: float = 90, **variables: str) -
     """
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            [sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, cwd=folder,
+            [sys.executable, *command],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
             env={**os.environ, **variables, "PYTHONUNBUFFERED": "1"},
-        )  # fmt: skip
+        )
         try:
             yield address(process, log, seconds)
         finally:
@@ -112,11 +115,24 @@ def lab(folder: Path) -> Iterator[str]:
 
     It knows nothing of what was open when, and leaves nothing in the user's settings.
     """
-    with tempfile.TemporaryDirectory() as fresh, served(
-        "-c", RUN_JUPYTER, "jupyterlab", "--no-browser", "--allow-root", "--port=0",
-        "--expose-app-in-browser", "--notebook-dir", str(folder), folder=folder,
-        JUPYTER_CONFIG_DIR=fresh, JUPYTERLAB_WORKSPACES_DIR=fresh, JUPYTERLAB_SETTINGS_DIR=fresh,
-    ) as url:  # fmt: skip
+    with (
+        tempfile.TemporaryDirectory() as fresh,
+        served(
+            "-c",
+            RUN_JUPYTER,
+            "jupyterlab",
+            "--no-browser",
+            "--allow-root",
+            "--port=0",
+            "--expose-app-in-browser",
+            "--notebook-dir",
+            str(folder),
+            folder=folder,
+            JUPYTER_CONFIG_DIR=fresh,
+            JUPYTERLAB_WORKSPACES_DIR=fresh,
+            JUPYTERLAB_SETTINGS_DIR=fresh,
+        ) as url,
+    ):
         yield url
 
 

@@ -27,11 +27,10 @@ import jupytext
 import nbformat
 from nbformat import NotebookNode
 
-from mar_mini.course import CellFailed, execute, pick_chapters
+from mar_mini.course.chapters import CellFailed, execute, pick_chapters
 
 REPO = Path(__file__).resolve().parent.parent
 MARKER = re.compile(r"(\s*)#\s*(BEGIN|END)\s+SOLUTION\b:?\s*(.*?)\s*$", re.IGNORECASE)
-FORMATTER = re.compile(r"  # fmt: skip$", re.MULTILINE)  # no word to a learner
 FOLDED = re.compile(r"^[ \t]*\{\{ *solution\b *(.*?) *\}\}[ \t]*$", re.MULTILINE)
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PICTURE_LIMIT = 80 * 1024  # bytes
@@ -122,7 +121,7 @@ def make_notebook(text: str, stem: str, *, solutions: bool, where: str = "source
         cell.id = f"{stem}-{index:03d}"
         keep = {key: cell.metadata[key] for key in ("jupyter", "tags") if key in cell.metadata}
         cell.metadata = nbformat.from_dict(keep)
-        cell.source = FORMATTER.sub("", cell.source.strip("\n"))
+        cell.source = cell.source.strip("\n")
         if cell.cell_type == "markdown":
             cell.source = FOLDED.sub(fold, cell.source)
     nbformat.validate(notebook)

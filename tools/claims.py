@@ -23,7 +23,7 @@ from build_notebooks import make_notebook
 from nbformat import NotebookNode
 from tqdm import tqdm
 
-from mar_mini.course import CellFailed, execute, pick_chapters
+from mar_mini.course.chapters import CellFailed, execute, pick_chapters
 from mar_mini.files import write_atomically
 
 REPO = Path(__file__).resolve().parent.parent
@@ -98,10 +98,16 @@ def run_chapter(repo: Path, stem: str, seed: int) -> list[dict]:
                 raise
             failure = error
     runs = [
-        {"cell": cell.id, "claim": name_of(notebook, i), "seed": seed, "printed": printed(cell),
-         "fault": fault(cell, failure)}
-        for i, cell in enumerate(notebook.cells) if is_claim(cell)
-    ]  # fmt: skip
+        {
+            "cell": cell.id,
+            "claim": name_of(notebook, i),
+            "seed": seed,
+            "printed": printed(cell),
+            "fault": fault(cell, failure),
+        }
+        for i, cell in enumerate(notebook.cells)
+        if is_claim(cell)
+    ]
     if failure is not None and not any(run["fault"] for run in runs):  # it broke behind the last
         runs[-1]["fault"] = f"the chapter does not run to its end: {failure}"
     return runs
@@ -133,13 +139,17 @@ def table(result: dict) -> str:
     """The page docs/claims.md."""
     seeds = sorted({r["seed"] for c in result["chapters"].values() for x in c for r in x["runs"]})
     lines = [
-        "# What the chapters claim, seed by seed", "",
+        "# What the chapters claim, seed by seed",
+        "",
         "Written by `make claims` (`tools/claims.py`). A claim is a cell that asserts something",
         "and prints by how much it holds. Here each chapter ran, solved, with several values of",
         f"`{VARIABLE}`; everything that the cells printed is in `benchmarks/results/claims.json`.",
-        "", f"Date {result['date']}, commit {result['commit']}, seeds {seeds}.", "",
-        "| chapter | claim | holds | margin for each seed |", "|---|---|---|---|",
-    ]  # fmt: skip
+        "",
+        f"Date {result['date']}, commit {result['commit']}, seeds {seeds}.",
+        "",
+        "| chapter | claim | holds | margin for each seed |",
+        "|---|---|---|---|",
+    ]
     for stem, claims in result["chapters"].items():
         for claim in claims:
             faults = [run["fault"] for run in claim["runs"]]
@@ -180,8 +190,9 @@ def main(arguments: list[str] | None = None, repo: Path = REPO) -> int:
         parser.error(str(error))
     path = repo / "benchmarks" / "results" / "claims.json"
     known = json.loads(path.read_text("utf-8"))["chapters"] if path.exists() else {}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=repo, capture_output=True,
-                            text=True).stdout.strip()  # fmt: skip
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=repo, capture_output=True, text=True
+    ).stdout.strip()
     claiming = [stem for stem in chosen if any(map(is_claim, solved(repo, stem).cells))]
     with tqdm(total=len(claiming) * len(options.seeds), desc="claims") as bar:
         for stem in chosen:
@@ -200,9 +211,11 @@ def main(arguments: list[str] | None = None, repo: Path = REPO) -> int:
             write(repo, {"date": str(date.today()), "commit": commit, "chapters": there})
     failures = [
         f"{stem}, seed {run['seed']}: {claim['claim']}: {run['fault']}"
-        for stem in chosen for claim in known[stem]
-        for run in claim["runs"] if run["fault"]
-    ]  # fmt: skip
+        for stem in chosen
+        for claim in known[stem]
+        for run in claim["runs"]
+        if run["fault"]
+    ]
     print("\n".join(failures), end="\n" if failures else "", file=sys.stderr)
     return 1 if failures else 0
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from _parquet import choose, write_splits
 
-from mar_mini.sources import (
+from mar_mini.run.sources import (
     CIFAR_NAMES,
     CIFAR_PACKAGE,
     batches_from_package,

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from mar_mini.data import denormalise, normalise
 from mar_mini.evaluation import Reference
-from mar_mini.features import features_of, load_features
-from mar_mini.sources import open_images
+from mar_mini.judge.features import features_of, load_features
+from mar_mini.run.sources import open_images
 
 OUT = Path(__file__).resolve().parents[1] / "data" / "reference" / "cifar10.safetensors"
 
@@ -30,17 +30,25 @@ def main() -> None:
     for split in ("train", "test"):
         opened = open_images(arguments.data, split)
         images, labels[split] = opened.images, opened.labels
-        features[split] = torch.cat([
-            features_of(network, denormalise(normalise(part)))
-            for part in tqdm(images.split(1000), desc=split)
-        ])  # fmt: skip
+        features[split] = torch.cat(
+            [
+                features_of(network, denormalise(normalise(part)))
+                for part in tqdm(images.split(1000), desc=split)
+            ]
+        )
     train = features["train"].double()
     some = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:10_000]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     Reference(
-        network.name, train.mean(0), torch.cov(train.T), features["train"][some], features["test"],
-        labels["train"][some], labels["test"], len(train),
-    ).save(arguments.out)  # fmt: skip
+        network.name,
+        train.mean(0),
+        torch.cov(train.T),
+        features["train"][some],
+        features["test"],
+        labels["train"][some],
+        labels["test"],
+        len(train),
+    ).save(arguments.out)
 
 
 if __name__ == "__main__":

@@ -23,14 +23,16 @@ def take(theme: str, path: Path) -> None:
     with driver.app(theme) as url, driver.browser() as browser:
         page, _ = driver.new_page(browser, width=1080, height=2010)
         page.goto(url)
-        page.wait_for_function("() => document.querySelectorAll('.mar-grid').length === 3",
-                               timeout=90_000)  # fmt: skip
+        page.wait_for_function(
+            "() => document.querySelectorAll('.mar-grid').length === 3", timeout=90_000
+        )
         page.get_by_label("order", exact=True).first.select_option("drawn by hand")
         page.wait_for_timeout(500)
         driver.drag(page, page.locator(".mar-grid").nth(0), SPIRAL, 8, 8)
         page.get_by_role("button", name="Generate", exact=True).click()
-        page.wait_for_function("() => document.querySelectorAll('.mar-grid')[1].dataset.step > 9",
-                               timeout=60_000)  # fmt: skip
+        page.wait_for_function(
+            "() => document.querySelectorAll('.mar-grid')[1].dataset.step > 9", timeout=60_000
+        )
         page.get_by_role("button", name="Stop", exact=True).first.click()
         driver.drag(page, page.locator(".mar-grid").nth(2), HOLE, 4, 4)
         page.wait_for_timeout(500)

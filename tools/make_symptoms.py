@@ -3,7 +3,7 @@
     python tools/make_symptoms.py            all states, seeds 0 to 4; about ten minutes
     python tools/make_symptoms.py --fresh    again from the start, not only what is missing
 
-Exercise 4 of chapter 7 is checked on it. Each row is one call of `mar_mini.symptoms.symptoms`.
+Exercise 4 of chapter 7 is checked on it. Each row is one call of `symptoms.symptoms`.
 """
 
 import argparse
@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from mar_mini.course.symptoms import STATES, Evidence, small_digits, symptoms
 from mar_mini.files import write_atomically
-from mar_mini.symptoms import STATES, Evidence, small_digits, symptoms
 
 FILE = Path(__file__).resolve().parent.parent / "data" / "symptoms" / "evidence.json"
 SEEDS = range(5)
@@ -28,8 +28,9 @@ def written(arguments: dict) -> str:
 
 def rounded(evidence: Evidence) -> dict:
     """Six digits of each number."""
-    return {k: float(f"{x:.6g}") if isinstance(x, float) else x
-            for k, x in asdict(evidence).items()}  # fmt: skip
+    return {
+        k: float(f"{x:.6g}") if isinstance(x, float) else x for k, x in asdict(evidence).items()
+    }
 
 
 def main() -> None:

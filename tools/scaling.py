@@ -1,16 +1,17 @@
 """Write docs/scaling.md: what training the published models takes, from the formulas of mar_mini.
 
-    python tools/scaling.py
+python tools/scaling.py
 """
 
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from mar_mini import costs, planning
 from mar_mini.configs import Config, get_config
 from mar_mini.files import write_atomically
-from mar_mini.info import si
+from mar_mini.planner import memory as planning
+from mar_mini.planner import work as costs
+from mar_mini.planner.report import si
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
 NAMES = ("mar_base", "mar_large", "mar_large_12x1536", "mar_huge")
@@ -82,8 +83,16 @@ def claims() -> str:
     for source, gpus, kind, peak, hours, cached in CLAIMS:
         one = planning.training_flops(config) + (0 if cached else encoding_flops(config))
         rate = one * IMAGES * EPOCHS / (gpus * hours * 3600)
-        rows.append([source, f"{gpus} {kind}", f"{hours:.0f}", f"{gpus * hours:,.0f}",
-                     f"{rate / 1e12:.0f}", f"{rate / peak:.0%}"])  # fmt: skip
+        rows.append(
+            [
+                source,
+                f"{gpus} {kind}",
+                f"{hours:.0f}",
+                f"{gpus * hours:,.0f}",
+                f"{rate / 1e12:.0f}",
+                f"{rate / peak:.0%}",
+            ]
+        )
     return f"""
 ## What the authors say
 
@@ -129,15 +138,30 @@ def disk() -> str:
     mar, vae = get_config("mar_large").mar, get_config("mar_large").vae
     values = vae.z_channels * (mar.img_size // mar.vae_stride) ** 2
     rows = [["latents, both flips", "bytes an image", "ImageNet", "read at 1,000 images/s"]]
-    for what, size in (("means, bfloat16", 2 * values), ("means, float32", 4 * values),
-                       ("means and variances, float32", 8 * values)):  # fmt: skip
-        rows.append([what, f"{2 * size:,}", f"{2 * size * IMAGES / 1e9:.0f} GB",
-                     f"{size * 1000 / 1e6:.0f} MB/s"])  # fmt: skip
+    for what, size in (
+        ("means, bfloat16", 2 * values),
+        ("means, float32", 4 * values),
+        ("means and variances, float32", 8 * values),
+    ):
+        rows.append(
+            [
+                what,
+                f"{2 * size:,}",
+                f"{2 * size * IMAGES / 1e9:.0f} GB",
+                f"{size * 1000 / 1e6:.0f} MB/s",
+            ]
+        )
     states = [["preset", "weights, float32", "checkpoint", "gradients a GPU sends in a step"]]
     for name in NAMES:
         count = planning.parameters(get_config(name))
-        states.append([f"`{name}`", f"{4 * count / 1e9:.1f} GB", f"{16 * count / 1e9:.1f} GB",
-                       f"{2 * 4 * count * (SHARDS - 1) / SHARDS / 1e9:.1f} GB"])  # fmt: skip
+        states.append(
+            [
+                f"`{name}`",
+                f"{4 * count / 1e9:.1f} GB",
+                f"{16 * count / 1e9:.1f} GB",
+                f"{2 * 4 * count * (SHARDS - 1) / SHARDS / 1e9:.1f} GB",
+            ]
+        )
     return f"""
 ## Disk and network
 

@@ -152,8 +152,10 @@ def masked_loss(candidate):
         if isinstance(got, dict):
             raise Failed(f"{what} returns the whole dictionary; take its `loss`, and the mean")
         if isinstance(got, Tensor) and got.ndim:
-            raise Failed(f"{what} has shape {tuple(got.shape)}, a value for each token; expected "
-                         "their mean, one number, shape ()")  # fmt: skip
+            raise Failed(
+                f"{what} has shape {tuple(got.shape)}, a value for each token; expected "
+                "their mean, one number, shape ()"
+            )
         same_shape(got, (), what)
         if not torch.equal(got, again):
             raise Failed(f"{what} gives another number each time: use the t and noise given")
@@ -208,11 +210,15 @@ def guide(candidate):
         with _fitting_sizes(what, "join N rows of noise and the variance of the conditional rows"):
             got = candidate(given, cfg)
         if isinstance(got, Tensor) and got.shape == (5, 3):
-            raise Failed(f"{what} has shape (5, 3): the variance is missing; expected (5, 6), "
-                         "noise and variance side by side")  # fmt: skip
+            raise Failed(
+                f"{what} has shape (5, 3): the variance is missing; expected (5, 6), "
+                "noise and variance side by side"
+            )
         if isinstance(got, Tensor) and len(got) == 10:
-            raise Failed(f"{what} has shape {tuple(got.shape)}, as many rows as came in; expected "
-                         "(5, 6): a row for each pair, noise beside variance")  # fmt: skip
+            raise Failed(
+                f"{what} has shape {tuple(got.shape)}, as many rows as came in; expected "
+                "(5, 6): a row for each pair, noise beside variance"
+            )
         same_shape(got, (5, 6), what)
         if not torch.equal(given, output):
             raise Failed(f"{what} changed the output it was given; compute a new tensor")

@@ -146,8 +146,12 @@ def p_mean_variance(candidate):
     every_other = torch.cat([output[:, ::2], output[:, 1::2]], 1)
     columns = "does not halve the columns of the output, (N, 2C): `output.chunk(2, dim=1)`"
     number = "for one t `diffusion.at` gives a float, no tensor: use `**0.5` and `math.exp`"
-    ideas = {"NoneType": "clip may be None: then x0 has no bound", "must match": columns,
-             "unpack": columns, "float": number}  # fmt: skip
+    ideas = {
+        "NoneType": "clip may be None: then x0 has no bound",
+        "must match": columns,
+        "unpack": columns,
+        "float": number,
+    }
     for t, clip in ((5, None), (30, None), (30, 0.8), (49, 1.5), (1, None), (0, 0.3)):
         call = f"p_mean_variance(d, output, x_t, {t}, clip={clip})"
         read = functools.partial(d.p_mean_variance, x_t=x_t, t=t, clip=clip)

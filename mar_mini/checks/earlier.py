@@ -62,9 +62,10 @@ class Statement:
             open_ends += scope.get_children()
             outermost = scope.get_type() == "module"
             names.update(
-                symbol.get_name() for symbol in scope.get_symbols()
+                symbol.get_name()
+                for symbol in scope.get_symbols()
                 if symbol.is_referenced() and (outermost or symbol.is_global())
-            )  # fmt: skip
+            )
         return names
 
 

@@ -69,8 +69,12 @@ def frechet_distance(candidate):
                 f"{what} is nan: rounding makes an eigenvalue slightly negative, and its root is "
                 "not a number; clamp them at 0"
             )
-        refuse_mistakes(got, torch.tensor(evaluation.frechet_distance(a, b)).double(),
-                        _wrong_distances(a, b), what)  # fmt: skip
+        refuse_mistakes(
+            got,
+            torch.tensor(evaluation.frechet_distance(a, b)).double(),
+            _wrong_distances(a, b),
+            what,
+        )
         close(got, evaluation.frechet_distance(a, b), what, rtol=1e-4, atol=1e-4)
     # fewer images than numbers: most eigenvalues are 0, give or take the rounding
     few, many = (torch.randn(n, 40, generator=torch.Generator().manual_seed(n)) for n in (15, 90))
@@ -132,7 +136,8 @@ def _wrong_distances(a: Tensor, b: Tensor) -> dict[str, Tensor]:
         ),
         "takes the root of each entry of the product; the root of a matrix is that which times "
         "itself gives it": means + traces - 2 * (cov_a @ cov_b).clamp(min=0).sqrt().trace(),
-        "has no root: the trace of the product itself": means + traces
+        "has no root: the trace of the product itself": means
+        + traces
         - 2 * (cov_a @ cov_b).trace(),
         "takes the root of the trace; the trace of the root is the sum of the roots of the "
         "eigenvalues": means + traces - 2 * (cov_a @ cov_b).trace().clamp(min=0).sqrt(),
@@ -143,12 +148,16 @@ def _wrong_distances(a: Tensor, b: Tensor) -> dict[str, Tensor]:
             means + (std_a - std_b).square().sum()
         ),
         "takes the roots of the two covariances' eigenvalues apart; the eigenvalues of the product "
-        "are needed": means + (
+        "are needed": means
+        + (
             torch.linalg.eigvalsh(cov_a).clamp(min=0).sqrt()
             - torch.linalg.eigvalsh(cov_b).clamp(min=0).sqrt()
-        ).square().sum(),
+        )
+        .square()
+        .sum(),
         "takes eigvalsh of the product, which is not symmetric: it looks at one half alone; take "
-        "eigvals": means + traces
+        "eigvals": means
+        + traces
         - 2 * torch.linalg.eigvalsh(cov_a @ cov_b).clamp(min=0).sqrt().sum(),
         "divides the covariances by N; with N - 1, as torch.cov does, they are right on average": (
             means + biased_a.trace() + biased_b.trace() - 2 * _root_trace(biased_a @ biased_b)
@@ -161,7 +170,7 @@ def _wrong_distances(a: Tensor, b: Tensor) -> dict[str, Tensor]:
         ),
         "gives the root of the distance; by custom it stays squared": (means + spreads).sqrt(),
         "divides by the number of features; the formula does not": (means + spreads) / d,
-    }  # fmt: skip
+    }
     return {idea: value.double() for idea, value in wrong.items()}
 
 
@@ -203,9 +212,14 @@ def floor(candidate):
 
         for state in range(DRAWS):
             seeded = torch.Generator().manual_seed(state)
-            got = _call(lambda x, n=n, m=m, **named: candidate(x, n, m, **named), what,
-                        "take rows of `real`, n and m of them", real,
-                        distance=distance, generator=seeded)  # fmt: skip
+            got = _call(
+                lambda x, n=n, m=m, **named: candidate(x, n, m, **named),
+                what,
+                "take rows of `real`, n and m of them",
+                real,
+                distance=distance,
+                generator=seeded,
+            )
             if len(drawn) == state:
                 raise Failed(f"{what} never calls the `distance` it was given")
             if len(drawn) > state + 1:
@@ -224,8 +238,13 @@ def floor(candidate):
 
     def first_set(generator):
         kept = []
-        candidate(real, 5, 9, distance=lambda a, b: float(len(kept.extend([a, b]) or kept)),
-                  generator=generator)  # fmt: skip
+        candidate(
+            real,
+            5,
+            9,
+            distance=lambda a, b: float(len(kept.extend([a, b]) or kept)),
+            generator=generator,
+        )
         return [x.tolist() for x in kept]
 
     _same_state(first_set, "floor(real, 5, 9)")
@@ -266,8 +285,11 @@ def _good_chances(drawn: list[list[list[int]]], n: int, m: int, total: int, what
             f"{what} shuffles the first {n + m} rows alone: images sorted by class would be of one "
             f"or two; shuffle all {total}"
         )
-    runs = [all((j - i) % total == 1 for i, j in zip(x, x[1:], strict=False))
-            for pair in drawn for x in pair]  # fmt: skip
+    runs = [
+        all((j - i) % total == 1 for i, j in zip(x, x[1:], strict=False))
+        for pair in drawn
+        for x in pair
+    ]
     if all(runs):
         raise Failed(
             f"{what} takes a run of neighbours from a random row on: images sorted by class would "
@@ -310,9 +332,15 @@ def bootstrap(candidate):
         _good_ends(got, values, want, level, what)
 
     def ends(generator):
-        return tuple(float(x) for x in candidate(
-            lambda rows: float(rows.double().square().mean()), 50, rounds=11, generator=generator
-        ))  # fmt: skip
+        return tuple(
+            float(x)
+            for x in candidate(
+                lambda rows: float(rows.double().square().mean()),
+                50,
+                rounds=11,
+                generator=generator,
+            )
+        )
 
     _same_state(ends, "bootstrap(measure, 50)")
 

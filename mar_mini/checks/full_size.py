@@ -9,8 +9,9 @@ from numbers import Real
 
 import torch
 
-from mar_mini import configs, planning
+from mar_mini import configs
 from mar_mini.checks import Failed, close, equal, exercise, refuse_mistakes
+from mar_mini.planner import memory as planning
 
 
 def _whole(value: object) -> object:
@@ -49,11 +50,14 @@ def block_parameters(candidate):
         want.append(planning.block_parameters(d, ratio))
         got.append(_whole(candidate(d, ratio)))
         if isinstance(got[-1], torch.Tensor):
-            raise Failed(f"{what[-1]} is a tensor, expected {want[-1]} (int): sizes alone are "
-                         "needed")  # fmt: skip
+            raise Failed(
+                f"{what[-1]} is a tensor, expected {want[-1]} (int): sizes alone are needed"
+            )
         if isinstance(got[-1], float) and got[-1] == want[-1]:
-            raise Failed(f"{what[-1]} is {got[-1]}, a float; the hidden layer has "
-                         "int(dim * mlp_ratio) values, a whole number")  # fmt: skip
+            raise Failed(
+                f"{what[-1]} is {got[-1]}, a float; the hidden layer has "
+                "int(dim * mlp_ratio) values, a whole number"
+            )
         ideas.append(_block_ideas(d, ratio))
     _refuse_ideas(got, want, ideas, what)
     _equal_all(got, want, what)
@@ -106,13 +110,19 @@ def _block_ideas(d: int, ratio: float) -> dict[str, object]:
 # parameters, bytes an image, GB, batch, processes: any number up to 12 divides 27,720; the last
 # three: the state alone is too large, one image fits, what fits does so to the byte
 RUNS = [
-    (250_000_000, 9.8e7, 6.0, 27_720, 1), (250_000_000, 9.8e7, 6.0, 83_160, 3),
-    (10_000_000, 1e7, 1.0, 2048, 1), (1_000_000, 1e7, 1.0, 720, 1),
-    (30_000_000, 2.3e7, 2.0, 960, 3), (10_000_000, 1e7, 4.0, 96, 4), (12_000_000, 1e7, 0.5, 630, 2),
-    (10_000_000, 1e7, 0.2299, 2048, 1), (1_000_000_000, 1e8, 12.0, 64, 1),
-    (10_000_000, 1e8, 0.35, 64, 1), (62_500_000, 6.25e7, 1.5, 64, 1),
+    (250_000_000, 9.8e7, 6.0, 27_720, 1),
+    (250_000_000, 9.8e7, 6.0, 83_160, 3),
+    (10_000_000, 1e7, 1.0, 2048, 1),
+    (1_000_000, 1e7, 1.0, 720, 1),
+    (30_000_000, 2.3e7, 2.0, 960, 3),
+    (10_000_000, 1e7, 4.0, 96, 4),
+    (12_000_000, 1e7, 0.5, 630, 2),
+    (10_000_000, 1e7, 0.2299, 2048, 1),
+    (1_000_000_000, 1e8, 12.0, 64, 1),
+    (10_000_000, 1e8, 0.35, 64, 1),
+    (62_500_000, 6.25e7, 1.5, 64, 1),
     (5_000_000, 1e8, 1.0, 9, 1),
-]  # fmt: skip
+]
 
 
 @cache
@@ -149,8 +159,10 @@ def plan_run(candidate):
         count, image, memory, batch, processes = run
         if isinstance(plan, tuple) and plan != right and all(type(x) is int for x in plan):
             if len(plan) == 2 and plan[0] > 0 and plan[0] * plan[1] != batch // processes:
-                raise Failed(f"{words} is {plan}: {plan[0]} times {plan[1]} images, but the "
-                             f"process computes {batch // processes} in a step")  # fmt: skip
+                raise Failed(
+                    f"{words} is {plan}: {plan[0]} times {plan[1]} images, but the "
+                    f"process computes {batch // processes} in a step"
+                )
             raise Failed(
                 f"{words} is {plan}, expected {right}: state is 22 bytes a parameter, "
                 f"{22 * count / 1e9:g} of the {memory:g} GB; an image takes {image / 1e9:g} GB, "
@@ -260,8 +272,9 @@ def scaled_recipe(candidate):
         got = [_whole(value) for value in got]
         batch, rate, steps = configs.scaled_recipe(micro, times, processes, **given)
         if any(map(partial(_alike, got), list(permutations((batch, rate, steps)))[1:])):
-            raise Failed(f"{what} is the wrong way round: {tuple(got)}, expected batch, learning "
-                         "rate, steps")  # fmt: skip
+            raise Failed(
+                f"{what} is the wrong way round: {tuple(got)}, expected batch, learning rate, steps"
+            )
         batches = {
             "leaves out the processes: the gradients of all go into one step": micro * times,
             "leaves out the micro batches that are accumulated before a step": micro * processes,
@@ -277,8 +290,9 @@ def scaled_recipe(candidate):
         equal(got[0], batch, f"the effective batch of {what}")
         blr, images, epochs = given.get("blr", 1e-4), given["images"], given["epochs"]
         if isinstance(got[1], torch.Tensor) or not isinstance(got[1], Real):
-            raise Failed(f"the learning rate of {what} is of type {type(got[1]).__name__}, "
-                         "expected a number")  # fmt: skip
+            raise Failed(
+                f"the learning rate of {what} is of type {type(got[1]).__name__}, expected a number"
+            )
         rates = {
             "follows from a base rate of 1e-4 whatever `blr` says": 1e-4 * batch / 256,
             "is the base rate; it belongs to 256 images and grows with the batch": blr,

@@ -16,11 +16,24 @@ from mar_mini.mar import NO_CLASS, Drawn
 def _model() -> MAR:
     """A tiny model in float64 in which everything matters: no layer starts at zero."""
     model = MAR(
-        img_size=8, vae_stride=1, patch_size=2, vae_embed_dim=2, class_num=4,
-        encoder_embed_dim=16, encoder_depth=1, encoder_num_heads=2, decoder_embed_dim=24,
-        decoder_depth=1, decoder_num_heads=2, buffer_size=3, diffloss_d=1, diffloss_w=12,
-        attn_dropout=0.0, proj_dropout=0.0, diffusion_batch_mul=2,
-    )  # fmt: skip
+        img_size=8,
+        vae_stride=1,
+        patch_size=2,
+        vae_embed_dim=2,
+        class_num=4,
+        encoder_embed_dim=16,
+        encoder_depth=1,
+        encoder_num_heads=2,
+        decoder_embed_dim=24,
+        decoder_depth=1,
+        decoder_num_heads=2,
+        buffer_size=3,
+        diffloss_d=1,
+        diffloss_w=12,
+        attn_dropout=0.0,
+        proj_dropout=0.0,
+        diffusion_batch_mul=2,
+    )
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in (*model.diffloss.parameters(), model.class_emb.weight, model.fake_latent):
@@ -44,9 +57,11 @@ def training_loss(candidate):
     model = _model()
     # 8 of 16 hidden: as many as are known, so that taking one for the other shows by its value
     for hidden, dropped, model.diffusion_batch_mul in (
-        (8, [False, True, False], 2), (13, [False] * 5, 3), (1, [True, False], 2),
+        (8, [False, True, False], 2),
+        (13, [False] * 5, 3),
+        (1, [True, False], 2),
         (16, [False, True], 2),
-    ):  # fmt: skip
+    ):
         latents, labels, drawn = _batch(model, hidden, dropped)
         what = f"training_loss with {hidden} of 16 tokens hidden"
         got, again = (_loss(candidate, model, latents, labels, drawn, what) for _ in range(2))
@@ -54,15 +69,21 @@ def training_loss(candidate):
             raise Failed(f"{what} returns a dictionary; expected the loss alone")
         same_shape(got, (), what)
         if not torch.equal(got, again):
-            raise Failed(f"{what} gives another number each time: take mask, dropped, t and noise "
-                         "from `drawn`, and draw nothing")  # fmt: skip
+            raise Failed(
+                f"{what} gives another number each time: take mask, dropped, t and noise "
+                "from `drawn`, and draw nothing"
+            )
         want = model(latents, labels, drawn=drawn)
         for idea, value in _loss_mistakes(model, latents, labels, drawn):
             refuse_mistakes(got, want, {idea: value}, what)
         close(got, want, what)
-        parts = {"the classes": model.class_emb.weight, "the mask token": model.mask_token,
-                 "the encoder": model.encoder_norm.bias, "the decoder": model.decoder_norm.weight,
-                 "the head": model.diffloss.net.input_proj.weight}  # fmt: skip
+        parts = {
+            "the classes": model.class_emb.weight,
+            "the mask token": model.mask_token,
+            "the encoder": model.encoder_norm.bias,
+            "the decoder": model.decoder_norm.weight,
+            "the head": model.diffloss.net.input_proj.weight,
+        }
         _gradients_of(got, want, parts, what)
 
 
@@ -76,16 +97,20 @@ def _loss(candidate, model: MAR, latents: Tensor, labels: Tensor, drawn: Drawn, 
         return MAR.forward_encoder(model, x, mask, labels)
 
     def forward(*given, **more):
-        raise Failed(f"{what} calls the model, whose forward is what you write here: put it "
-                     "together from its patchify, forward_encoder, forward_decoder and diffloss")
+        raise Failed(
+            f"{what} calls the model, whose forward is what you write here: put it "
+            "together from its patchify, forward_encoder, forward_decoder and diffloss"
+        )
 
     model.forward_encoder, model.forward = forward_encoder, forward
     try:
         got = candidate(model, given["latents"], given["labels"], drawn=drawn)
     except Exception as error:
         if any(isinstance(x, Tensor) and not (x.bool() & drawn.mask).any() for x in hidden):
-            raise Failed(f"{what} shows the encoder what it should hide: its mask is drawn.mask, "
-                         f"True where a token is hidden ({error})") from error  # fmt: skip
+            raise Failed(
+                f"{what} shows the encoder what it should hide: its mask is drawn.mask, "
+                f"True where a token is hidden ({error})"
+            ) from error
         rows = len(drawn.t) // model.diffusion_batch_mul
         if any(word in str(error) for word in ("size", "shape", "dimension", "expand")):
             raise Failed(
@@ -97,10 +122,15 @@ def _loss(candidate, model: MAR, latents: Tensor, labels: Tensor, drawn: Drawn, 
     finally:
         del model.forward_encoder, model.forward
     if not torch.equal(given["labels"], labels):
-        raise Failed(f"{what} changed the labels it was given: masked_fill, without an underscore, "
-                     "makes new ones")  # fmt: skip
-    if not (torch.equal(given["latents"], latents) and torch.equal(masks[0], drawn.mask)
-            and torch.equal(masks[1], drawn.dropped)):  # fmt: skip
+        raise Failed(
+            f"{what} changed the labels it was given: masked_fill, without an underscore, "
+            "makes new ones"
+        )
+    if not (
+        torch.equal(given["latents"], latents)
+        and torch.equal(masks[0], drawn.mask)
+        and torch.equal(masks[1], drawn.dropped)
+    ):
         raise Failed(f"{what} changed what it was given; compute new tensors")
     return got
 
@@ -117,7 +147,7 @@ def _loss_mistakes(model: MAR, latents, labels, drawn: Drawn) -> Iterator[tuple[
         given = {"repeat": repeat, "t": drawn.t, "noise": drawn.noise} | given
         return model.diffloss.terms(target.flatten(0, 1), z.flatten(0, 1), **given)[name]
 
-    hidden, z = masking.keep(tokens, mask), z_of()                         # (B, M, C), (B, M, E)
+    hidden, z = masking.keep(tokens, mask), z_of()  # (B, M, C), (B, M, E)
     count, mean, everything = hidden.shape[0] * hidden.shape[1], loss(z, hidden), mask | True
     first_row = mask[:1].expand_as(mask)
     doubled = [x.flatten(0, 1).repeat_interleave(repeat, 0)[None] for x in (z, hidden)]
@@ -159,14 +189,16 @@ def _loss_mistakes(model: MAR, latents, labels, drawn: Drawn) -> Iterator[tuple[
     }.items()
     if 2 * hidden.shape[1] != mask.shape[1]:
         return
-    known = masking.keep(tokens, ~mask)                                    # (B, M, C)
+    known = masking.keep(tokens, ~mask)  # (B, M, C)
     yield from {
         "hides the known tokens and shows the hidden ones: True means hidden": loss(
             z_of(hide=~mask), hidden
         ),
         "shows the encoder what it should hide, and hides what is known: its mask is drawn.mask": (
-            loss(model.forward_decoder(model.forward_encoder(tokens, ~mask, told), mask, mask),
-                 hidden)
+            loss(
+                model.forward_decoder(model.forward_encoder(tokens, ~mask, told), mask, mask),
+                hidden,
+            )
         ),
         "trains on the known tokens: those that the model is given need no prediction": loss(
             z_of(wanted=~mask), known
@@ -176,8 +208,13 @@ def _loss_mistakes(model: MAR, latents, labels, drawn: Drawn) -> Iterator[tuple[
         ),
         "compares with the known tokens; the target are the hidden ones": loss(z, known),
         "has z of all places, and the head mixes them up; it is wanted where tokens are hidden": (
-            model.diffloss.rows(hidden.flatten(0, 1), z_of(wanted=everything).flatten(0, 1),
-                                repeat=repeat, t=drawn.t, noise=drawn.noise)["loss"].mean()
+            model.diffloss.rows(
+                hidden.flatten(0, 1),
+                z_of(wanted=everything).flatten(0, 1),
+                repeat=repeat,
+                t=drawn.t,
+                noise=drawn.noise,
+            )["loss"].mean()
         ),
         "asks for z at the known places; it is wanted where tokens are hidden": loss(
             z_of(wanted=~mask), hidden
@@ -187,8 +224,10 @@ def _loss_mistakes(model: MAR, latents, labels, drawn: Drawn) -> Iterator[tuple[
 
 def _gradients_of(got: Tensor, want: Tensor, parts: dict[str, Tensor], what: str) -> None:
     if not got.requires_grad:
-        raise Failed(f"{what} has no gradient: nothing could be learned from it; return the tensor "
-                     "itself, without detach, item or no_grad")  # fmt: skip
+        raise Failed(
+            f"{what} has no gradient: nothing could be learned from it; return the tensor "
+            "itself, without detach, item or no_grad"
+        )
     pairs = [torch.autograd.grad(x, list(parts.values()), allow_unused=True) for x in (got, want)]
     for name, mine, theirs in zip(parts, *pairs, strict=True):
         if theirs is not None and theirs.any() and (mine is None or not mine.any()):
@@ -203,8 +242,9 @@ def _gradients_of(got: Tensor, want: Tensor, parts: dict[str, Tensor], what: str
 @exercise(reference=training.ema_step)
 def ema_step(candidate):
     generator = torch.Generator().manual_seed(7)
-    before, current = ([torch.randn(s, generator=generator).double() for s in ((4, 3), (5,), ())]
-                       for _ in range(2))  # fmt: skip
+    before, current = (
+        [torch.randn(s, generator=generator).double() for s in ((4, 3), (5,), ())] for _ in range(2)
+    )
     cases = ((0, 0.9999, 0.1), (1, 0.9999, 0.1), (3, 0.9999, 0.5), (40, 0.9, 1.0), (900, 0.99, 0.1))
     got, want, mistakes = [], [], []
     for n, decay, window in cases:
@@ -228,16 +268,22 @@ def _averaged(candidate, before, current, what: str, n: int, **settings) -> Tens
     except ZeroDivisionError as error:
         raise Failed(f"{what} divides by zero: k divides by 1 + window * n") from error
     if not all(torch.equal(a, b) for a, b in zip(given, current, strict=True)):
-        raise Failed(f"{what} changed the current weights: they are being trained, write into the "
-                     "averaged ones")  # fmt: skip
+        raise Failed(
+            f"{what} changed the current weights: they are being trained, write into the "
+            "averaged ones"
+        )
     if any(a.data_ptr() == c.data_ptr() for a, c in zip(handed, given, strict=False)):
-        raise Failed(f"{what} makes the averaged weights the very memory of the current ones, "
-                     "which the next step changes: copy the numbers (copy_, lerp_)")  # fmt: skip
+        raise Failed(
+            f"{what} makes the averaged weights the very memory of the current ones, "
+            "which the next step changes: copy the numbers (copy_, lerp_)"
+        )
     if len(handed) != len(averaged) or any(
         a is not b for a, b in zip(handed, averaged, strict=True)
     ):
-        raise Failed(f"{what} puts new tensors into the list; the model keeps its old ones: change "
-                     "those in place (mul_, add_, copy_, lerp_)")  # fmt: skip
+        raise Failed(
+            f"{what} puts new tensors into the list; the model keeps its old ones: change "
+            "those in place (mul_, add_, copy_, lerp_)"
+        )
     return _flat(averaged)
 
 
@@ -325,17 +371,27 @@ class _Problem:
     def average(self, model: nn.Module) -> None:
         self.averages += 1
         training.ema_step(
-            list(self.averaged.parameters()), list(model.parameters()), self.step, decay=0.9,
+            list(self.averaged.parameters()),
+            list(model.parameters()),
+            self.step,
+            decay=0.9,
             window=1.0,
-        )  # fmt: skip
+        )
 
     def run(self, step_function: Callable, grad_clip: float = 8) -> list:
         returned = []
         for self.step in range(5):
             rate = (0.02, 0.1, 0.05, 0.2, 0.01)[self.step]
-            returned.append(step_function(
-                self.model, self.optimiser, self.loss, self.average, rate=rate, grad_clip=grad_clip
-            ))  # fmt: skip
+            returned.append(
+                step_function(
+                    self.model,
+                    self.optimiser,
+                    self.loss,
+                    self.average,
+                    rate=rate,
+                    grad_clip=grad_clip,
+                )
+            )
         return returned
 
     def weights(self) -> Tensor:
@@ -350,12 +406,16 @@ def training_step(candidate):
     returned = mine.run(candidate)
     want = theirs.run(training.training_step)
     if mine.calls > theirs.calls:
-        raise Failed("training_step computes the loss more than once in a step: that costs twice, "
-                     "and after the step it is another; keep the first, for backward and to return "
-                     "it")  # fmt: skip
+        raise Failed(
+            "training_step computes the loss more than once in a step: that costs twice, "
+            "and after the step it is another; keep the first, for backward and to return "
+            "it"
+        )
     if mine.averages != theirs.averages:
-        raise Failed(f"training_step calls `average` {mine.averages} times in five steps, expected "
-                     "once in each")  # fmt: skip
+        raise Failed(
+            f"training_step calls `average` {mine.averages} times in five steps, expected "
+            "once in each"
+        )
     other_limit = _Problem()
     other_limit.run(candidate, grad_clip=TINY)
     ignores = torch.equal(mine.weights(), other_limit.weights())
@@ -372,8 +432,11 @@ def training_step(candidate):
     averages = [_flat(list(p.averaged.parameters())) for p in (mine, theirs)]
     early = _Problem()
     early.run(_average_first)
-    wrong = {"takes the weights before the step; call it when they are new": (
-        _flat(list(early.averaged.parameters())))}  # fmt: skip
+    wrong = {
+        "takes the weights before the step; call it when they are new": (
+            _flat(list(early.averaged.parameters()))
+        )
+    }
     refuse_mistakes(*averages, wrong, "the average")
     close(*averages, "the average")
     for value, expected in zip(returned, want, strict=True):
@@ -382,11 +445,15 @@ def training_step(candidate):
         if callable(value) and not isinstance(value, Tensor):
             raise Failed("training_step returns the function `loss`, expected what it gave")
         if not isinstance(value, Tensor):
-            raise Failed(f"training_step returns a value of type {type(value).__name__}, expected "
-                         "the tensor, detached: whoever calls it wants value.item()")  # fmt: skip
+            raise Failed(
+                f"training_step returns a value of type {type(value).__name__}, expected "
+                "the tensor, detached: whoever calls it wants value.item()"
+            )
         if value.requires_grad:
-            raise Failed("training_step returns a loss that holds on to the whole graph of its "
-                         "step: detach it")  # fmt: skip
+            raise Failed(
+                "training_step returns a loss that holds on to the whole graph of its "
+                "step: detach it"
+            )
         close(value, float(expected), "the loss that training_step returns")
 
 

@@ -152,8 +152,10 @@ def _other_schedules(length: int, num_iter: int, want: list[int]) -> dict[str, l
     def turn(u: float) -> float:
         return math.cos(quarter * u)
 
-    parts = [math.floor(length * (turn(i / num_iter) - turn((i + 1) / num_iter)))
-             for i in range(num_iter)]  # fmt: skip
+    parts = [
+        math.floor(length * (turn(i / num_iter) - turn((i + 1) / num_iter)))
+        for i in range(num_iter)
+    ]
     return {
         f"has {many} after each step, expected how many each step predicts": after,
         f"has {many}, expected how many each step predicts": [length, *after],

@@ -7,15 +7,7 @@ import torch
 from torch import Tensor
 
 from mar_mini import MAR, masking, sampling
-from mar_mini.checks import (
-    Failed,
-    close,
-    equal,
-    exercise,
-    refuse_mistakes,
-    same_dtype,
-    same_shape,
-)
+from mar_mini.checks import Failed, close, equal, exercise, refuse_mistakes, same_dtype, same_shape
 from mar_mini.diffloss import Head, draw_noise
 from mar_mini.mar import NO_CLASS
 
@@ -34,8 +26,18 @@ class TraceHead(Head):
         self.register_buffer("weight", torch.randn(width, channels, generator=seeded))
         self.asked, self.guided = 0, False
 
-    def sample(self, z, z_uncond=None, *, cfg=1.0, temperature=1.0, clip=None,
-               num_sampling_steps=None, solver="ddpm", generator=None):  # fmt: skip
+    def sample(
+        self,
+        z,
+        z_uncond=None,
+        *,
+        cfg=1.0,
+        temperature=1.0,
+        clip=None,
+        num_sampling_steps=None,
+        solver="ddpm",
+        generator=None,
+    ):
         for name, x in (("z", z), ("z_uncond", z_uncond)):
             if x is not None and x.dim() != 2:
                 raise Failed(f"{name} has shape {tuple(x.shape)}; {ONE_ROW}")
@@ -99,10 +101,21 @@ def _model(side: int) -> MAR:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(8)
         model = TraceMAR(
-            img_size=4 * side, vae_stride=1, patch_size=4, vae_embed_dim=1, class_num=4,
-            encoder_embed_dim=16, encoder_depth=1, encoder_num_heads=2, decoder_embed_dim=16,
-            decoder_depth=1, decoder_num_heads=2, buffer_size=2, diffloss_d=1, diffloss_w=16,
-        )  # fmt: skip
+            img_size=4 * side,
+            vae_stride=1,
+            patch_size=4,
+            vae_embed_dim=1,
+            class_num=4,
+            encoder_embed_dim=16,
+            encoder_depth=1,
+            encoder_num_heads=2,
+            decoder_embed_dim=16,
+            decoder_depth=1,
+            decoder_num_heads=2,
+            buffer_size=2,
+            diffloss_d=1,
+            diffloss_w=16,
+        )
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
     model.diffloss = TraceHead(16, 16)
@@ -117,8 +130,13 @@ def _states(model: MAR) -> list[tuple[Tensor, Tensor, Tensor, int, float, float]
     seeded = torch.Generator().manual_seed(3)
     L, C = model.seq_len, model.token_embed_dim
     tokens, states = torch.randn(3, L, C, generator=seeded), []
-    cases = ((11, 6, 2.0, 0.9), (L, 11, 3.0, 0.5), (6, 2, 1.5, 1.0), (5, 0, 4.0, 0.7),
-             (9, 4, 1.0, 0.8))  # fmt: skip
+    cases = (
+        (11, 6, 2.0, 0.9),
+        (L, 11, 3.0, 0.5),
+        (6, 2, 1.5, 1.0),
+        (5, 0, 4.0, 0.7),
+        (9, 4, 1.0, 0.8),
+    )
     for masked, num_masked, cfg, temperature in cases:
         if masked > L or num_masked >= L:
             continue
@@ -199,10 +217,11 @@ def _try_step(candidate, model, labels, tokens, mask, order, num_masked, cfg, te
     head_of = torch.zeros_like(now)
     head_of[:, : before - num_masked] = True
     unguided = (
-        "hands the head both z, but not cfg as it came" if guided else
-        "has no guidance: run the model a second time with the label -1 for all images, and hand "
-        "the head both z, and cfg"
-    )  # fmt: skip
+        "hands the head both z, but not cfg as it came"
+        if guided
+        else "has no guidance: run the model a second time with the label -1 for all images, and "
+        "hand the head both z, and cfg"
+    )
     mistakes = {
         unguided: filled(cond, None),
         "swaps z with class and z without: then guidance leads away from the class": (
@@ -315,8 +334,12 @@ def _try_mask(got, still: Tensor, mask: Tensor, now: Tensor, first_turns: Tensor
 
 @exercise(reference=sampling.linear_cfg)
 def linear_cfg(candidate):
-    cases = [(w, n, L) for w, (n, L) in product((3.0, 4.5, 1.0), ((1, 16), (16, 16), (5, 16),
-             (48, 64), (0, 64), (100, 256)))]  # fmt: skip
+    cases = [
+        (w, n, L)
+        for w, (n, L) in product(
+            (3.0, 4.5, 1.0), ((1, 16), (16, 16), (5, 16), (48, 64), (0, 64), (100, 256))
+        )
+    ]
     got = []
     for w, n, L in cases:
         what = f"linear_cfg({w}, {n}, {L})"

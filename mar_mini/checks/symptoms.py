@@ -2,9 +2,9 @@
 
 from dataclasses import FrozenInstanceError, asdict, replace
 
-from mar_mini import symptoms
 from mar_mini.checks import Failed, exercise
-from mar_mini.symptoms import STATES, Evidence
+from mar_mini.course import symptoms
+from mar_mini.course.symptoms import STATES, Evidence
 
 # which numbers tell
 TELLING = {
@@ -71,18 +71,34 @@ IDEAS = {
 OTHERS = (
     # as wide as the tokens of the course's photographs: 64 numbers
     ("healthy", {"token_width": 64}, None),
-    ("healthy", {"token_width": 64, "tokens": 1, "z_by_place": 0.0},
-     {"no positions": IDEAS["wide tokens", "no positions"]}),
-    ("healthy", {"recognised": 0.4, "recognised_trained": 0.4}, {"wide tokens":
-     "hardly recognised, but its tokens are narrow and no other number is off: this model is young,"
-     " and wide tokens are wide; look at `token_width` as well"}),
+    (
+        "healthy",
+        {"token_width": 64, "tokens": 1, "z_by_place": 0.0},
+        {"no positions": IDEAS["wide tokens", "no positions"]},
+    ),
+    (
+        "healthy",
+        {"recognised": 0.4, "recognised_trained": 0.4},
+        {
+            "wide tokens": "hardly recognised, but its tokens are narrow and no other number is "
+            "off: this model is young, and wide tokens are wide; look at `token_width` as well"
+        },
+    ),
     ("healthy", {"latent_std": 1.0}, None),
-    ("wide tokens", {"tokens": 16, "z_by_place": 0.3}, {"healthy":
-     "an image of 16 tokens can have tokens that are too wide as well; it is `token_width` that "
-     "counts"}),
-    ("no positions", {"tokens": 16}, {"healthy":
-     "any image of more than one token needs positions"}),
-)  # fmt: skip
+    (
+        "wide tokens",
+        {"tokens": 16, "z_by_place": 0.3},
+        {
+            "healthy": "an image of 16 tokens can have tokens that are too wide as well; it is "
+            "`token_width` that counts"
+        },
+    ),
+    (
+        "no positions",
+        {"tokens": 16},
+        {"healthy": "any image of more than one token needs positions"},
+    ),
+)
 
 
 @exercise(reference=symptoms.diagnose)
@@ -106,10 +122,14 @@ def diagnose(candidate):
                     "with a margin, not with ==, != or a bare >"
                 )
     for state, changes, ideas in OTHERS:
-        _expect(state, [
-            (_ask(candidate, e), seed, e)
-            for seed, e in ((seed, replace(e, **changes)) for s, seed, e in rows if s == state)
-        ], ideas)  # fmt: skip
+        _expect(
+            state,
+            [
+                (_ask(candidate, e), seed, e)
+                for seed, e in ((seed, replace(e, **changes)) for s, seed, e in rows if s == state)
+            ],
+            ideas,
+        )
     for factor in (3, 1 / 3):
         for state, seed, evidence in rows:
             e = _other_level(evidence, factor)

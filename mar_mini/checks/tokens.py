@@ -7,25 +7,24 @@ import torch
 from einops import rearrange
 
 from mar_mini import data, tokens
-from mar_mini.checks import (
-    Failed,
-    close,
-    equal,
-    exercise,
-    refuse_mistakes,
-    same_dtype,
-    same_shape,
-)  # fmt: skip
+from mar_mini.checks import Failed, close, equal, exercise, refuse_mistakes, same_dtype, same_shape
 
 CASES = (  # B, C, H, W, patch size, and what none of the cases before had
     (2, 3, 8, 8, 4, ""),
     (3, 3, 8, 8, 4, "there are not always 2 images; take their number from the shape"),
-    (2, 1, 8, 8, 4, "there are not always 3 channels; images tell how many by their shape, tokens "
-     "by their width"),
+    (
+        2,
+        1,
+        8,
+        8,
+        4,
+        "there are not always 3 channels; images tell how many by their shape, tokens "
+        "by their width",
+    ),
     (2, 3, 12, 12, 2, "a patch is not always 4 pixels wide; use patch_size"),
     (2, 3, 8, 32, 4, "the grid is not always square; rows and columns are two numbers"),
     (1, 2, 4, 4, 1, "a single pixel is a patch too"),
-)  # fmt: skip
+)
 STOPS = {  # words of an error in the first case, and the idea that is missing
     "duplicate dimension": "rows and columns need two names, p and q, though both are patch_size",
     "Could not infer": "a bracket may leave one size open, not two; pass both p and q",
@@ -70,14 +69,14 @@ def normalise(candidate):
             f"stretches the smallest and largest of these pixels to -1 and 1: {own}": (
                 2 * (x - x.min()) / (x.max() - x.min()) - 1
             ),
-            f"stretches each image to -1 and 1: {own}": (
-                2 * _stretched(x, ends) - 1
-            ),
+            f"stretches each image to -1 and 1: {own}": (2 * _stretched(x, ends) - 1),
         }
         refuse_mistakes(got, want, mistakes, what)
         for middle, half in itertools.product((127, 128), (127, 127.5, 128)):
-            idea = (f"subtracts while the pixels are still uint8, where 0 - {middle} is "
-                    f"{256 - middle}; make them float first")  # fmt: skip
+            idea = (
+                f"subtracts while the pixels are still uint8, where 0 - {middle} is "
+                f"{256 - middle}; make them float first"
+            )
             refuse_mistakes(got, want, {idea: (images - middle) / half}, what)
         same_shape(got, want.shape, what)
         same_dtype(got, torch.float32, what)
@@ -228,8 +227,9 @@ def unpatchify(candidate):
                 want.permute(0, 2, 3, 1)
             ),
         }
-        _compare(functools.partial(candidate, x.clone(), p, grid), want, mistakes, what, news,
-                 STOPS_BACK)  # fmt: skip
+        _compare(
+            functools.partial(candidate, x.clone(), p, grid), want, mistakes, what, news, STOPS_BACK
+        )
 
 
 def _compare(call, want, mistakes, what, news, stops):

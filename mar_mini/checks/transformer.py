@@ -252,10 +252,21 @@ def embed_buffer(candidate):
 def _model() -> MAR:
     """A tiny model whose classes are large beside its positions, so that neither hides."""
     model = MAR(
-        img_size=16, vae_stride=1, patch_size=4, vae_embed_dim=1, class_num=4,
-        encoder_embed_dim=16, encoder_depth=1, encoder_num_heads=2, decoder_embed_dim=16,
-        decoder_depth=1, decoder_num_heads=2, buffer_size=3, diffloss_d=1, diffloss_w=16,
-    )  # fmt: skip
+        img_size=16,
+        vae_stride=1,
+        patch_size=4,
+        vae_embed_dim=1,
+        class_num=4,
+        encoder_embed_dim=16,
+        encoder_depth=1,
+        encoder_num_heads=2,
+        decoder_embed_dim=16,
+        decoder_depth=1,
+        decoder_num_heads=2,
+        buffer_size=3,
+        diffloss_d=1,
+        diffloss_w=16,
+    )
     torch.nn.init.normal_(model.class_emb.weight)
     torch.nn.init.normal_(model.fake_latent)
     return model.eval()

@@ -144,9 +144,7 @@ def kl(candidate):
         "is not summed: one number for each latent value": terms,
         "is twice what it should be: the factor 1/2 is missing": 2 * want,
         "has its sign turned; a KL divergence is never negative": -want,
-        "lacks the term -1: it would not be 0 for the standard normal": (
-            want + 0.5 * m[0].numel()
-        ),
+        "lacks the term -1: it would not be 0 for the standard normal": (want + 0.5 * m[0].numel()),
         "lacks the variance: it does not count how wide the posterior is": (
             want - 0.5 * variance.sum(axes)
         ),

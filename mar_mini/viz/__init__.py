@@ -1,8 +1,10 @@
 """Pictures of what the model does. They look at the model; the model never looks at them."""
 
 WIDGETS = {
-    "MaskOrderExplorer": "explorer", "GenerationTheatre": "theatre", "Inpainter": "inpainter",
-}  # fmt: skip
+    "MaskOrderExplorer": "explorer",
+    "GenerationTheatre": "theatre",
+    "Inpainter": "inpainter",
+}
 __all__ = list(WIDGETS)
 
 

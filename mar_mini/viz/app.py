@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import jupytext
 
-from mar_mini.course import run_jupyter
+from mar_mini.course.chapters import run_jupyter
 from mar_mini.files import write_atomically
 
 UNUSED = ["jupyterlab-jupytext", "jupyterlab_pygments"]  # extensions that are of no use to it
@@ -58,9 +59,14 @@ def write_page(path: Path) -> Path:
 
 
 def serve(
-    page: Path, *, ip: str = "127.0.0.1", port: int = 8866, token: bool = True,
-    theme: str = "light", arguments: Sequence[str] = (),
-) -> int:  # fmt: skip
+    page: Path,
+    *,
+    ip: str = "127.0.0.1",
+    port: int = 8866,
+    token: bool = True,
+    theme: str = "light",
+    arguments: Sequence[str] = (),
+) -> int:
     """Serve the page until Ctrl-C; return the exit status.
 
     page       where its notebook is written
@@ -70,8 +76,39 @@ def serve(
     arguments  further ones of Voila
     """
     command = [
-        "voila", str(write_page(page)), "--template=mar_mini", f"--Voila.ip={ip}",
-        f"--port={port}", f"--theme={theme}", *(["--token"] if token else []),
-        f"--VoilaConfiguration.extension_denylist={UNUSED}", *arguments,
-    ]  # fmt: skip
+        "voila",
+        str(write_page(page)),
+        "--template=mar_mini",
+        f"--Voila.ip={ip}",
+        f"--port={port}",
+        f"--theme={theme}",
+        *(["--token"] if token else []),
+        f"--VoilaConfiguration.extension_denylist={UNUSED}",
+        *arguments,
+    ]
     return run_jupyter(command, page.parent)
+
+
+# The command -------------------------------------------------------------------------------------
+
+
+def app(
+    arguments: tuple[str, ...] = (),
+    *,
+    ip: str = "127.0.0.1",
+    port: int = 8866,
+    token: bool = True,
+    theme: Literal["light", "dark"] = "light",
+) -> int:
+    """Serve the three widgets as one page, for a class or visitors.
+
+    Args:
+        arguments: further ones of Voila, behind a `--`.
+        ip: 0.0.0.0 serves every machine that can reach this one.
+        port: of the page.
+        token: only those who know the printed address may open it.
+        theme: of the page.
+    """
+    return serve(
+        Path("build") / "app.ipynb", ip=ip, port=port, token=token, theme=theme, arguments=arguments
+    )

@@ -68,8 +68,12 @@ class TokenCanvas(anywidget.AnyWidget):
 
     def _send_picture(self, step: int) -> None:
         picture = self.pictures[step]
-        content = {"kind": "picture", "step": step, "width": picture.width,
-                   "height": picture.height}  # fmt: skip
+        content = {
+            "kind": "picture",
+            "step": step,
+            "width": picture.width,
+            "height": picture.height,
+        }
         self.send(content, [picture.tobytes()])
 
     def show_picture(self, image: Float[Tensor, "C H W"], step: int = -1) -> None:
@@ -135,10 +139,17 @@ class TokenCanvas(anywidget.AnyWidget):
         duration = max(40, math.ceil(1000 * seconds / len(frames)))
         pauses = [duration] * (len(frames) - 1) + [1500]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: frames[0].save(
-            temporary, format="gif", save_all=True, append_images=frames[1:], duration=pauses,
-            loop=0,
-        ))  # fmt: skip
+        write_atomically(
+            path,
+            lambda temporary: frames[0].save(
+                temporary,
+                format="gif",
+                save_all=True,
+                append_images=frames[1:],
+                duration=pauses,
+                loop=0,
+            ),
+        )
         return path
 
 
@@ -159,8 +170,10 @@ class Panel(ipywidgets.HBox):
     def _repr_mimebundle_(self, **arguments):
         data = super()._repr_mimebundle_(**arguments)
         counts = [self.canvas.states().count(state) for state in (2, 1, 0)]
-        alt = (f"{self.canvas.label} after step {self.canvas.step} of {self.canvas.steps}: "
-               "{} tokens known, {} predicted in this step, {} masked".format(*counts))  # fmt: skip
+        alt = (
+            f"{self.canvas.label} after step {self.canvas.step} of {self.canvas.steps}: "
+            "{} tokens known, {} predicted in this step, {} masked".format(*counts)
+        )
         return {**data, "image/png": self.canvas.still_png(), "text/plain": alt}, {
             "image/png": {"alt": alt}
         }
@@ -195,5 +208,14 @@ def turns_of(order: Iterable[int], counts: Iterable[int], length: int) -> list[i
 def slider(description: str, value, low, high, step=1, **arguments) -> ipywidgets.Widget:
     """A slider that reports when it is let go; whole numbers if `step` is one."""
     kind = ipywidgets.IntSlider if isinstance(step, int) else ipywidgets.FloatSlider
-    return kind(value=value, min=low, max=high, step=step, description=description,
-                continuous_update=False, style=STYLE, layout=WIDE, **arguments)  # fmt: skip
+    return kind(
+        value=value,
+        min=low,
+        max=high,
+        step=step,
+        description=description,
+        continuous_update=False,
+        style=STYLE,
+        layout=WIDE,
+        **arguments,
+    )

@@ -27,10 +27,16 @@ class MaskOrderExplorer(Panel):
     """
 
     def __init__(
-        self, order: str | masking.Order = "random", *, rows: int = 8, columns: int = 8,
-        num_iter: int = 16, schedule: str = "cosine", seed: int = 0,
+        self,
+        order: str | masking.Order = "random",
+        *,
+        rows: int = 8,
+        columns: int = 8,
+        num_iter: int = 16,
+        schedule: str = "cosine",
+        seed: int = 0,
         image: Float[Tensor, "C H W"] | None = None,
-    ):  # fmt: skip
+    ):
         for name, side in (("rows", rows), ("columns", columns)):
             if not SIDES[0] <= side <= SIDES[1]:
                 raise ValueError(f"{name} is {side}; expected {SIDES[0]} to {SIDES[1]}")
@@ -41,16 +47,22 @@ class MaskOrderExplorer(Panel):
         masking.make_order(self.orders.get(order, order), rows, columns, 1)
         masking.masked_after(rows * columns, num_iter, schedule)
         self._choice = ipywidgets.Dropdown(
-            options=[*self.orders, BY_HAND], value=order, description="order", style=STYLE,
+            options=[*self.orders, BY_HAND],
+            value=order,
+            description="order",
+            style=STYLE,
             layout=WIDE,
-        )  # fmt: skip
+        )
         self._rows = slider("rows", rows, *SIDES)
         self._columns = slider("columns", columns, *SIDES)
         self._num_iter = slider("num_iter (steps)", num_iter, 1, rows * columns)
         self._schedule = ipywidgets.Dropdown(
-            options=list(masking.SCHEDULES), value=schedule, description="tokens per step",
-            style=STYLE, layout=WIDE,
-        )  # fmt: skip
+            options=list(masking.SCHEDULES),
+            value=schedule,
+            description="tokens per step",
+            style=STYLE,
+            layout=WIDE,
+        )
         self._seed = ipywidgets.BoundedIntText(
             seed, 0, 2**31 - 1, description="seed", style=STYLE, layout=WIDE
         )
@@ -65,9 +77,18 @@ class MaskOrderExplorer(Panel):
         )
         super().__init__(
             TokenCanvas(label="Order of generation"),
-            [self._choice, self._rows, self._columns, self._num_iter, self._schedule, self._seed,
-             self._speed, self._clear, help_text],
-        )  # fmt: skip
+            [
+                self._choice,
+                self._rows,
+                self._columns,
+                self._num_iter,
+                self._schedule,
+                self._seed,
+                self._speed,
+                self._clear,
+                help_text,
+            ],
+        )
         ipywidgets.jslink((self._speed, "value"), (self.canvas, "speed"))
         if image is not None:
             self.canvas.show_picture(image)

@@ -50,9 +50,10 @@ def show(figure: Figure) -> None:
     source = base64.b64encode(data).decode()
     tag = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{source}">'
     display(
-        {"text/html": tag, "image/png": data, "text/plain": alt}, raw=True,
+        {"text/html": tag, "image/png": data, "text/plain": alt},
+        raw=True,
         metadata={"image/png": {"alt": alt}},
-    )  # fmt: skip
+    )
 
 
 def png(figure: Figure) -> bytes:
@@ -146,8 +147,11 @@ def filmstrip(frames: Sequence, row: int = 0, *, columns: int = 8, alt: str = ""
     last, shown = len(frames) - 1, min(columns, len(frames))
     picked = [round(i * last / max(1, shown - 1)) for i in range(shown)]
     cell = WIDTH / columns
-    figure = new_figure(2.45 * cell, alt or f"An image growing in {len(frames)} steps, "
-                        "and which of its tokens are known", width=cell * len(picked))  # fmt: skip
+    figure = new_figure(
+        2.45 * cell,
+        alt or f"An image growing in {len(frames)} steps, and which of its tokens are known",
+        width=cell * len(picked),
+    )
     axes = figure.subplots(2, len(picked), squeeze=False)
     for column, index in enumerate(picked):
         frame = frames[index]
@@ -158,8 +162,7 @@ def filmstrip(frames: Sequence, row: int = 0, *, columns: int = 8, alt: str = ""
         shade = hidden.repeat_interleave(scale[0], 0).repeat_interleave(scale[1], 1)
         draw_image(axes[0, column], torch.where(shade, 0.85, image))  # the grey of MASKED
         draw_states(
-            axes[1, column],
-            states_of(frame.mask[row], frame.predicted[row]).reshape(height, width),
+            axes[1, column], states_of(frame.mask[row], frame.predicted[row]).reshape(height, width)
         )
         axes[0, column].set_title(f"step {frame.step + 1}", fontsize=8, pad=2)
         for side in (*axes[0, column].spines.values(), *axes[1, column].spines.values()):
@@ -181,9 +184,10 @@ def order_maps(
     rows = -(-len(orders) // columns)
     cell = WIDTH / 4
     figure = new_figure(
-        rows * cell * 1.15, alt or f"Turn of each token in the orders {', '.join(orders)}",
+        rows * cell * 1.15,
+        alt or f"Turn of each token in the orders {', '.join(orders)}",
         width=cell * columns,
-    )  # fmt: skip
+    )
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax, (name, order) in zip(axes, orders.items(), strict=False):
         turn = order[0].cpu().argsort().reshape(height, width)
@@ -194,17 +198,28 @@ def order_maps(
             for y in range(height):
                 for x in range(width):
                     late = turn[y, x] > 0.6 * turn.max()
-                    ax.text(x, y, int(turn[y, x]) + 1, ha="center", va="center", fontsize=7,
-                            color="black" if late else "white")  # fmt: skip
-    for ax in axes[len(orders):]:
+                    ax.text(
+                        x,
+                        y,
+                        int(turn[y, x]) + 1,
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color="black" if late else "white",
+                    )
+    for ax in axes[len(orders) :]:
         ax.axis("off")
     return figure
 
 
 def token_states(
-    masks: Sequence[Bool[Tensor, " L"]], height: int, width: int, *, titles: Sequence[str] = (),
+    masks: Sequence[Bool[Tensor, " L"]],
+    height: int,
+    width: int,
+    *,
+    titles: Sequence[str] = (),
     alt: str = "",
-) -> Figure:  # fmt: skip
+) -> Figure:
     """Masks side by side; a token that the mask before still hid is drawn as predicted now."""
     cell = WIDTH / max(len(masks), 4)
     figure = new_figure(
@@ -242,14 +257,19 @@ def breakdown(
          add up on it
     """
     names = list(dict.fromkeys(part for parts in rows.values() for part in parts))
-    figure = new_figure(0.8 + 0.32 * len(rows), alt or f"{xlabel} of {', '.join(rows)}"
-                        + (f", by part: {', '.join(names)}" if len(names) > 1 else ""))  # fmt: skip
+    figure = new_figure(
+        0.8 + 0.32 * len(rows),
+        alt
+        or f"{xlabel} of {', '.join(rows)}"
+        + (f", by part: {', '.join(names)}" if len(names) > 1 else ""),
+    )
     axes = figure.subplots()
     colours = (KNOWN, PREDICTED, TARGET, "#CC79A7", "#56B4E9", "#7F7F7F", "#D55E00")
     for name, colour in zip(names, colours, strict=False):
         widths = [parts.get(name, 0.0) for parts in rows.values()]
-        before = [sum(parts.get(n, 0.0) for n in names[: names.index(name)])
-                  for parts in rows.values()]  # fmt: skip
+        before = [
+            sum(parts.get(n, 0.0) for n in names[: names.index(name)]) for parts in rows.values()
+        ]
         if log:
             axes.plot(widths, range(len(rows)), "o", color=colour, label=name)
         else:
@@ -261,8 +281,9 @@ def breakdown(
         axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if len(names) > 1:
-        figure.legend(loc="outside upper center", ncols=min(len(names), 6), frameon=False,
-                      fontsize=8)  # fmt: skip
+        figure.legend(
+            loc="outside upper center", ncols=min(len(names), 6), frameon=False, fontsize=8
+        )
     return figure
 
 
@@ -279,14 +300,19 @@ def histogram(
 
 
 def curves(
-    lines: dict[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str,
-    logy: bool = False, alt: str = "",
-) -> Figure:  # fmt: skip
+    lines: dict[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    logy: bool = False,
+    alt: str = "",
+) -> Figure:
     """Named curves (x, y) in one panel."""
     figure = new_figure(2.6, alt or f"{ylabel} over {xlabel}: {', '.join(lines)}")
     axes = figure.subplots()
-    for (name, (x, y)), colour in zip(lines.items(), (KNOWN, PREDICTED, TARGET, "#CC79A7"),
-                                      strict=False):  # fmt: skip
+    for (name, (x, y)), colour in zip(
+        lines.items(), (KNOWN, PREDICTED, TARGET, "#CC79A7"), strict=False
+    ):
         axes.plot(np.asarray(x), np.asarray(y), label=name, color=colour, linewidth=1.4)
     axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if logy else "linear")
     if all(float(value).is_integer() for x, _ in lines.values() for value in x):
@@ -298,17 +324,24 @@ def curves(
 
 
 def error_bars(
-    rows: list[dict], *, key: str = "seeds", xlabel: str, ylabel: str, floor: float | None = None,
+    rows: list[dict],
+    *,
+    key: str = "seeds",
+    xlabel: str,
+    ylabel: str,
+    floor: float | None = None,
     alt: str = "",
-) -> Figure:  # fmt: skip
+) -> Figure:
     """Runs of an experiment, side by side: a dot for each seed, their mean and its spread.
 
     rows    each with a `label` and, under `key`, a number for each seed; the bar is one standard
             deviation of these to either side, left out for a single one
     floor   what the best possible run would reach, as a dashed line
     """
-    figure = new_figure(2.8, alt or f"{ylabel} with error bars for {xlabel}: "
-                        + ", ".join(row["label"] for row in rows))  # fmt: skip
+    figure = new_figure(
+        2.8,
+        alt or f"{ylabel} with error bars for {xlabel}: " + ", ".join(row["label"] for row in rows),
+    )
     axes = figure.subplots()
     for x, row in enumerate(rows):
         values = np.asarray(row[key], dtype=float)
@@ -328,18 +361,26 @@ def error_bars(
 
 
 def ranking(
-    rows: dict[str, Sequence[float]], *, xlabel: str, series: Sequence[str] = ("",),
-    floor: float | None = None, alt: str = "",
-) -> Figure:  # fmt: skip
+    rows: dict[str, Sequence[float]],
+    *,
+    xlabel: str,
+    series: Sequence[str] = ("",),
+    floor: float | None = None,
+    alt: str = "",
+) -> Figure:
     """Named bars that lie, the first on top: one of each series in every row, its value behind it.
 
     floor   what the best possible would reach, as a dashed line
     """
     figure = new_figure(
-        0.6 + 0.2 * len(rows) * (len(series) + 0.4), alt or f"{xlabel}: "
-        + ", ".join(f"{name} {' and '.join(format(v, '.3g') for v in values)}"
-                    for name, values in rows.items()),
-    )  # fmt: skip
+        0.6 + 0.2 * len(rows) * (len(series) + 0.4),
+        alt
+        or f"{xlabel}: "
+        + ", ".join(
+            f"{name} {' and '.join(format(v, '.3g') for v in values)}"
+            for name, values in rows.items()
+        ),
+    )
     axes = figure.subplots()
     thick = 0.8 / len(series)
     for i, (name, colour) in enumerate(zip(series, (KNOWN, PREDICTED, TARGET), strict=False)):
@@ -360,9 +401,14 @@ def ranking(
 
 
 def trade_off(
-    lines: dict[str, Sequence[tuple[str, float, float]]], *, xlabel: str, ylabel: str,
-    error: float | None = None, floor: float | None = None, alt: str = "",
-) -> Figure:  # fmt: skip
+    lines: dict[str, Sequence[tuple[str, float, float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    error: float | None = None,
+    floor: float | None = None,
+    alt: str = "",
+) -> Figure:
     """What is gained for what it costs: points (label, cost, gain), joined along each named line.
 
     The axis of the cost begins at 0.
@@ -371,19 +417,39 @@ def trade_off(
     floor  what the best possible point would reach: a dashed line, and the axis begins at 0
     """
     figure = new_figure(
-        3.2, alt or f"{ylabel} over {xlabel}: " + "; ".join(
+        3.2,
+        alt
+        or f"{ylabel} over {xlabel}: "
+        + "; ".join(
             f"{name}: {', '.join(label for label, *_ in points)}" for name, points in lines.items()
         ),
-    )  # fmt: skip
+    )
     axes = figure.subplots()
-    for (name, points), colour in zip(lines.items(), (KNOWN, PREDICTED, TARGET, "#CC79A7"),
-                                      strict=False):  # fmt: skip
+    for (name, points), colour in zip(
+        lines.items(), (KNOWN, PREDICTED, TARGET, "#CC79A7"), strict=False
+    ):
         labels, x, y = zip(*points, strict=True)
-        axes.errorbar(x, y, error, fmt="o-", markersize=4, linewidth=1, elinewidth=0.8,
-                      alpha=0.9, color=colour, label=name)  # fmt: skip
+        axes.errorbar(
+            x,
+            y,
+            error,
+            fmt="o-",
+            markersize=4,
+            linewidth=1,
+            elinewidth=0.8,
+            alpha=0.9,
+            color=colour,
+            label=name,
+        )
         for label, at, height in zip(labels, x, y, strict=True):
-            axes.annotate(label, (at, height), xytext=(5, 4), textcoords="offset points",
-                          fontsize=8, color=colour)  # fmt: skip
+            axes.annotate(
+                label,
+                (at, height),
+                xytext=(5, 4),
+                textcoords="offset points",
+                fontsize=8,
+                color=colour,
+            )
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_xlim(0, 1.12 * max(x for points in lines.values() for _, x, _ in points))
     if floor is not None:
@@ -396,10 +462,16 @@ def trade_off(
 
 
 def planes(
-    points: dict[str, Float[Tensor, "N 2"]], *, limit: float = 1.1, columns: int | None = None,
-    density: Tensor | None = None, arrows: dict[str, Float[Tensor, "N 2"]] | None = None,
-    size: float = 3, colour: str = PREDICTED, alt: str = "",
-) -> Figure:  # fmt: skip
+    points: dict[str, Float[Tensor, "N 2"]],
+    *,
+    limit: float = 1.1,
+    columns: int | None = None,
+    density: Tensor | None = None,
+    arrows: dict[str, Float[Tensor, "N 2"]] | None = None,
+    size: float = 3,
+    colour: str = PREDICTED,
+    alt: str = "",
+) -> Figure:
     """Points (x, y) in named panels of -limit to limit, over a density, with arrows from them.
 
     density  (H, W), the target under every panel, rows from bottom to top; or (P, H, W), one for
@@ -414,7 +486,7 @@ def planes(
         1.12 * cell * rows, alt or f"Points in the plane: {', '.join(points)}", width=cell * columns
     )
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for spare in axes[len(points):]:
+    for spare in axes[len(points) :]:
         spare.axis("off")
     green = LinearSegmentedColormap.from_list("target", ["white", TARGET])
     for i, (ax, (name, xy)) in enumerate(zip(axes, points.items(), strict=False)):
@@ -427,17 +499,30 @@ def planes(
             ax.quiver(x, y, u, v, color=KNOWN, angles="xy", width=0.008)
         else:
             alone = len(xy) <= 2
-            ax.scatter(x, y, s=60 if alone else size, marker="X" if alone else "o", color=colour,
-                       alpha=1 if alone else 0.5, linewidths=0)  # fmt: skip
+            ax.scatter(
+                x,
+                y,
+                s=60 if alone else size,
+                marker="X" if alone else "o",
+                color=colour,
+                alpha=1 if alone else 0.5,
+                linewidths=0,
+            )
         ax.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
         ax.set_title(name, fontsize=9)
     return figure
 
 
 def attention(
-    image: Float[Tensor, "C H W"], mask: Bool[Tensor, " L"], asks: int,
-    maps: dict[str, Float[Tensor, " N"]], height: int, width: int, *, alt: str = "",
-) -> Figure:  # fmt: skip
+    image: Float[Tensor, "C H W"],
+    mask: Bool[Tensor, " L"],
+    asks: int,
+    maps: dict[str, Float[Tensor, " N"]],
+    height: int,
+    width: int,
+    *,
+    alt: str = "",
+) -> Figure:
     """Where one masked token looks: the picture as it is known, then a map for each name.
 
     asks    the place of the token that looks
@@ -447,9 +532,10 @@ def attention(
     buffers = len(next(iter(maps.values()))) - height * width
     above = -(-buffers // width)
     figure = new_figure(
-        cell * (1 + above / height) + 0.3, alt or f"Attention weights of token {asks}: "
-        f"{', '.join(maps)}", width=cell * (len(maps) + 1),
-    )  # fmt: skip
+        cell * (1 + above / height) + 0.3,
+        alt or f"Attention weights of token {asks}: {', '.join(maps)}",
+        width=cell * (len(maps) + 1),
+    )
     first, *axes = figure.subplots(1, len(maps) + 1)
     patch = (image.shape[1] // height, image.shape[2] // width)
     hidden = mask.reshape(height, width).repeat_interleave(patch[0], 0)
@@ -464,8 +550,15 @@ def attention(
         ax.imshow(field.numpy(), cmap="cividis", vmin=0, vmax=top)
         for y, x in (~field.isnan()).nonzero().tolist():
             value = float(field[y, x])
-            ax.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=7,
-                    color="black" if value > 0.6 * top else "white")  # fmt: skip
+            ax.text(
+                x,
+                y,
+                f"{100 * value:.0f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="black" if value > 0.6 * top else "white",
+            )
         outline(ax, above + asks // width, asks % width, 1, 1, PREDICTED)
         for known in (~mask).nonzero().flatten().tolist():
             outline(ax, above + known // width, known % width, 1, 1, TARGET)
@@ -482,8 +575,14 @@ def attention(
 def outline(axes, y: int, x: int, height: int, width: int, colour: str) -> None:
     """A frame around some fields or pixels of a picture, on white to stand out on any colour."""
     inside = 0.06 * width
-    axes.add_patch(Rectangle(
-        (x - 0.5 + inside, y - 0.5 + inside), width - 2 * inside, height - 2 * inside,
-        fill=False, edgecolor=colour, linewidth=2,
-        path_effects=[withStroke(linewidth=4, foreground="white")],
-    ))  # fmt: skip
+    axes.add_patch(
+        Rectangle(
+            (x - 0.5 + inside, y - 0.5 + inside),
+            width - 2 * inside,
+            height - 2 * inside,
+            fill=False,
+            edgecolor=colour,
+            linewidth=2,
+            path_effects=[withStroke(linewidth=4, foreground="white")],
+        )
+    )

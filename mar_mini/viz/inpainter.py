@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mar_mini.checkpoints import ImageFrame, Pipeline
 from mar_mini.data import load_images, to_tensors
-from mar_mini.sources import square
+from mar_mini.run.sources import square
 from mar_mini.viz.canvas import STYLE, WIDE, slider
 from mar_mini.viz.theatre import GenerationTheatre
 
@@ -38,9 +38,12 @@ class Inpainter(GenerationTheatre):
     label = "Picture"
 
     def __init__(
-        self, pipeline: Pipeline | str = "cifar10", images: Float[Tensor, "N C H W"] | None = None,
-        *, seed: int = 0,
-    ):  # fmt: skip
+        self,
+        pipeline: Pipeline | str = "cifar10",
+        images: Float[Tensor, "N C H W"] | None = None,
+        *,
+        seed: int = 0,
+    ):
         labels = None
         if images is None:
             if not isinstance(pipeline, str) or pipeline not in DATA:
@@ -64,9 +67,11 @@ class Inpainter(GenerationTheatre):
             description="Erase", tooltip="Brush takes tokens out of the hole"
         )
         edits = {
-            "Undo": self._undo, "Invert": lambda: [not x for x in self.canvas.mask],
-            "Clear": lambda: [False] * len(self.canvas.mask), "Widen by one ring": self._widened,
-        }  # fmt: skip
+            "Undo": self._undo,
+            "Invert": lambda: [not x for x in self.canvas.mask],
+            "Clear": lambda: [False] * len(self.canvas.mask),
+            "Widen by one ring": self._widened,
+        }
         self._edits = [ipywidgets.Button(description=name, tooltip=name) for name in edits]
         for button, edit in zip(self._edits, edits.values(), strict=True):
             button.on_click(lambda _, edit=edit: self._change_mask(edit()))
@@ -99,12 +104,16 @@ class Inpainter(GenerationTheatre):
         with_vae = self.pipeline.vae is not None
         steering = [self._label, self._cfg, self._num_iter, self._sampling_steps, self._seed]
         return [
-            self._index, ipywidgets.HBox([self._upload, self._invent], layout=row), self._brush,
-            ipywidgets.HBox([self._erase, *self._edits], layout=row), *steering,
+            self._index,
+            ipywidgets.HBox([self._upload, self._invent], layout=row),
+            self._brush,
+            ipywidgets.HBox([self._erase, *self._edits], layout=row),
+            *steering,
             *([self._paste] if with_vae else []),
-            ipywidgets.HBox([self._start, self._stop, self._keep], layout=row), self._progress,
+            ipywidgets.HBox([self._start, self._stop, self._keep], layout=row),
+            self._progress,
             *([ipywidgets.HTML(SEAM)] if with_vae else []),
-        ]  # fmt: skip
+        ]
 
     @property
     def mask(self) -> Bool[Tensor, "1 L"]:

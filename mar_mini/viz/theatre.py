@@ -74,9 +74,13 @@ class GenerationTheatre(Panel):
     _generation: "Generation | None" = None  # until there is one: `close` is called in any case
 
     def __init__(
-        self, pipeline: Pipeline | str = "cifar10", label: int = 0, *, seed: int = 0,
+        self,
+        pipeline: Pipeline | str = "cifar10",
+        label: int = 0,
+        *,
+        seed: int = 0,
         order: str | masking.Order | Tensor = "random",
-    ):  # fmt: skip
+    ):
         self.name = f'load_pretrained("{pipeline}")' if isinstance(pipeline, str) else "pipeline"
         self.pipeline = load_pretrained(pipeline) if isinstance(pipeline, str) else pipeline
         self.frames: list[ImageFrame] = []
@@ -94,21 +98,27 @@ class GenerationTheatre(Panel):
             code = f"torch.tensor({order.tolist()})" if is_tensor else name
             masking.check_order(
                 order if is_tensor else masking.make_order(order, mar.seq_h, mar.seq_w, 1),
-                mar.seq_h, mar.seq_w, 1,
-            )  # fmt: skip
+                mar.seq_h,
+                mar.seq_w,
+                1,
+            )
             self.orders[f"{name} (yours)"], order = (order, code), f"{name} (yours)"
         elif order not in self.orders:
             masking.make_order(order, mar.seq_h, mar.seq_w, 1)  # says which there are
         dropdown = {"style": STYLE, "layout": WIDE}
         self._label = ipywidgets.Dropdown(
-            options=[(name, i) for i, name in enumerate(self.pipeline.classes)], value=label,
-            description="class", **dropdown,
-        )  # fmt: skip
+            options=[(name, i) for i, name in enumerate(self.pipeline.classes)],
+            value=label,
+            description="class",
+            **dropdown,
+        )
         self._cfg = slider("cfg (guidance)", defaults.cfg, 1.0, 8.0, 0.25)
         self._cfg_schedule = ipywidgets.Dropdown(
-            options=list(CFG_SCHEDULES), value=defaults.cfg_schedule, description="cfg_schedule",
+            options=list(CFG_SCHEDULES),
+            value=defaults.cfg_schedule,
+            description="cfg_schedule",
             **dropdown,
-        )  # fmt: skip
+        )
         self._temperature = slider("temperature", defaults.temperature, 0.0, 1.5, 0.05)
         num_iter = min(defaults.num_iter, mar.seq_len)
         self._num_iter = slider("num_iter (steps)", num_iter, 1, mar.seq_len)
@@ -136,18 +146,29 @@ class GenerationTheatre(Panel):
 
     def _controls(self) -> list[ipywidgets.Widget]:
         return [
-            self._label, self._cfg, self._cfg_schedule, self._temperature, self._num_iter,
-            self._sampling_steps, self._order, self._seed,
-            ipywidgets.HBox([self._start, self._stop]), self._progress, self._code,
-        ]  # fmt: skip
+            self._label,
+            self._cfg,
+            self._cfg_schedule,
+            self._temperature,
+            self._num_iter,
+            self._sampling_steps,
+            self._order,
+            self._seed,
+            ipywidgets.HBox([self._start, self._stop]),
+            self._progress,
+            self._code,
+        ]
 
     def settings(self) -> dict:
         """What the controls say, as arguments of `Pipeline.sample`; its generator is not in it."""
         return {
-            "num_iter": self._num_iter.value, "num_sampling_steps": self._sampling_steps.value,
-            "cfg": self._cfg.value, "cfg_schedule": self._cfg_schedule.value,
-            "temperature": self._temperature.value, "order": self.orders[self._order.value][0],
-        }  # fmt: skip
+            "num_iter": self._num_iter.value,
+            "num_sampling_steps": self._sampling_steps.value,
+            "cfg": self._cfg.value,
+            "cfg_schedule": self._cfg_schedule.value,
+            "temperature": self._temperature.value,
+            "order": self.orders[self._order.value][0],
+        }
 
     def start(self) -> None:
         """Begin a generation with the settings of the controls; one under way ends first."""
@@ -174,9 +195,12 @@ class GenerationTheatre(Panel):
         super().close()
 
     def _line(self, settings: dict, seed: int, label: int) -> str:
-        code = {**settings, "cfg_schedule": f'"{settings["cfg_schedule"]}"',
-                "order": self.orders[self._order.value][1],
-                "generator": f"torch.Generator().manual_seed({seed})"}  # fmt: skip
+        code = {
+            **settings,
+            "cfg_schedule": f'"{settings["cfg_schedule"]}"',
+            "order": self.orders[self._order.value][1],
+            "generator": f"torch.Generator().manual_seed({seed})",
+        }
         arguments = ", ".join(f"{name}={value}" for name, value in code.items())
         return f"{self.name}.generate([{label}], {arguments})"
 

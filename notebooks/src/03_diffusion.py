@@ -162,7 +162,7 @@ figure = fig.curves(
     {"signal": (range(1000), alpha_bars), "noise": (range(1000), 1 - alpha_bars)},
     xlabel="timestep t", ylabel="share of the variance",
     alt="Signal falls from 1 to 0 and noise rises from 0 to 1; they cross near t = 500",
-)  # fmt: skip
+)
 figure.axes[0].set_title("Half signal, half noise near t = 500")
 fig.show(figure)
 
@@ -315,7 +315,7 @@ p_mean_variance = check.p_mean_variance(p_mean_variance)
 def p_sample(
     diffusion: Diffusion, output: torch.Tensor, x_t: torch.Tensor, t: int,
     noise: torch.Tensor | None, temperature: float = 1.0, clip: float | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Draw x_{t-1} given x_t, (N, C).
 
     noise  standard normal (N, C); None: inject nothing, return the mean
@@ -422,7 +422,7 @@ figure = fig.curves({k: (steps, y) for k, y in lines.items()}, xlabel="steps", l
                     ylabel="energy distance", alt="The distance falls to the floor by 100 steps")
 figure.axes[0].axhspan(min(floors), max(floors), color=fig.MASKED, alpha=0.6, zorder=0)
 figure.axes[0].set(xscale="log", xticks=steps, xticklabels=steps,
-                   title="More steps help down to the floor (grey: 20 true clouds)")  # fmt: skip
+                   title="More steps help down to the floor (grey: 20 true clouds)")
 figure.axes[0].minorticks_off()
 fig.show(figure)
 
@@ -432,7 +432,7 @@ for n in (10, 25, 100):
     print(n, "steps, in floors:", {name: round(x, 1) for name, x in at[n].items()})
 mean = sum(at[100].values()) / 3
 print(f"margins: {at[10]['best v']:.2f} > 2, {mean:.2f} < 2, "
-      f"{min(at[10]['v = -1'], at[10]['v = 1']) / at[10]['best v']:.2f} > 1.3")  # fmt: skip
+      f"{min(at[10]['v = -1'], at[10]['v = 1']) / at[10]['best v']:.2f} > 1.3")
 assert at[10]["best v"] > 2, "10 steps are too few, even with the best variance"
 assert mean < 2, "100 steps are enough, whatever the variance"
 assert min(at[10]["v = -1"], at[10]["v = 1"]) > 1.3 * at[10]["best v"], "v matters with few"
@@ -462,7 +462,7 @@ for temperature in (0.8, 0.9, 1.0, 1.1):
     spread[temperature] = float((x - centres[nearest]).std())
 print({k: round(s, 4) for k, s in spread.items()}, "true:", width)
 print(f"margins: {1 - spread[0.9] / spread[1.0]:.3f} > 0.04, "
-      f"{abs(spread[1.0] / width - 1):.3f} < 0.04")  # fmt: skip
+      f"{abs(spread[1.0] / width - 1):.3f} < 0.04")
 assert spread[0.9] < 0.96 * spread[1.0], "temperature 0.9 narrows the clusters"
 assert abs(spread[1.0] / width - 1) < 0.04, "temperature 1 has their true width"
 
@@ -513,7 +513,7 @@ def spoiled(error, limit=5.0, only=range(1000)):
         noise, v = exact(x.clamp(-limit, limit), i, diffusion).chunk(2, dim=1)
         scale = 1 + error * (int(diffusion.timestep_map[i]) in only)
         return torch.cat([scale * noise, v], 1)
-    return output  # fmt: skip
+    return output
 
 
 cases = {f"{error:.1%}": spoiled(error) for error in (0.0, 0.004, 0.01, 0.05)}
@@ -539,7 +539,7 @@ cured = [std[case][way] / real for case in std for way in ("x0 bounded", "from t
 fine = cured + [published[c] for c in ("0.0%", "5% everywhere else", "5%, but not blind")]
 print(f"margins, in true spreads: 1% {published['1.0%']:.0f} > 10, 5% {published['5.0%']:.0f} and "
       f"at t = 999 only {published['5% at t = 999 only']:.0f} > 500, "
-      f"the others {min(fine):.3f} to {max(fine):.3f}, in 0.9 to 1.1")  # fmt: skip
+      f"the others {min(fine):.3f} to {max(fine):.3f}, in 0.9 to 1.1")
 assert published["1.0%"] > 10 and published["5.0%"] > 500, "small errors explode"
 assert published["5% at t = 999 only"] > 500, "one step is enough to ruin all"
 assert 0.9 < min(fine) and max(fine) < 1.1, "cured, or right at t = 999, or not blind: all well"
@@ -644,14 +644,14 @@ for t in range(10, 1000, 20):
     unavoidable += float((noise - exact(x_t, t, full)[:, :2]).square().mean()) / 50
 losses = sum(errors[200:300]) / 100, sum(errors[-100:]) / 100
 print("squared error of the noise: {:.3f} when young, {:.3f} now, ".format(*losses)
-      + f"unavoidable {unavoidable:.3f}")  # fmt: skip
+      + f"unavoidable {unavoidable:.3f}")
 
 # %% tags=["claim"]
 spoilt = min(float(x["as published"].std()) / real for x in (young, older))
 shares = {way: (in_cluster(young[way]), in_cluster(older[way])) for way in ways}
 gained = min(shares[way][1] - shares[way][0] for way in ("x0 bounded", "from t = 980"))
 print(f"margins: as published {spoilt:.0f} > 100 spreads, {max(shares['as published']):.2f} < 0.5; "
-      f"gained {gained:.3f} > 0.03, unavoidable {unavoidable / losses[0]:.2f} > 0.75")  # fmt: skip
+      f"gained {gained:.3f} > 0.03, unavoidable {unavoidable / losses[0]:.2f} > 0.75")
 assert spoilt > 100 and max(shares["as published"]) < 0.5, "young or older, it draws noise"
 assert gained > 0.03, "longer training helps where the way of sampling is right"
 assert unavoidable > 0.75 * losses[0], "most of the loss is nobody's fault"

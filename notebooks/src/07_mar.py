@@ -33,7 +33,6 @@ from torch import nn
 from tqdm import tqdm
 
 from mar_mini import data, evaluation, get_config, load_pretrained, masking, transformer
-from mar_mini.batches import batch_indices, step_generator
 from mar_mini.checkpoints import Pipeline, load_weights
 from mar_mini.checks import diffloss as check_04
 from mar_mini.checks import mar as check
@@ -41,9 +40,10 @@ from mar_mini.checks import masking as check_06
 from mar_mini.checks import symptoms as check_symptoms
 from mar_mini.checks import transformer as check_05
 from mar_mini.checks.earlier import own
+from mar_mini.course.symptoms import STATES, Evidence, small_digits, stored_evidence, symptoms
+from mar_mini.data import batch_indices, step_generator
 from mar_mini.diffloss import DiffLoss
 from mar_mini.mar import MAR, Drawn
-from mar_mini.symptoms import STATES, Evidence, small_digits, stored_evidence, symptoms
 from mar_mini.training import learning_rate, parameter_groups, train_mar
 from mar_mini.viz import figures as fig
 
@@ -792,8 +792,8 @@ for name, number in numbers.items():
 # that it tests for; cure it and ask again. And that wide tokens do not learn was seen here in 200
 # steps of a tiny head; longer training or a wider head may do (try it, at the end).
 #
-# `mar_mini.symptoms.measure` takes the same evidence from a training of yours, and
-# `mar_mini.symptoms.diagnose` reads it.
+# `mar_mini.course.symptoms.measure` takes the same evidence from a training of yours, and
+# `mar_mini.course.symptoms.diagnose` reads it.
 #
 # [2]: https://github.com/LTH14/mar/issues/2
 # [35]: https://github.com/LTH14/mar/issues/35

@@ -27,8 +27,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from mar_mini import data, evaluation, features, load_pretrained, masking
+from mar_mini import data, evaluation, load_pretrained, masking
 from mar_mini.checks import sampling as check
+from mar_mini.judge import features
 from mar_mini.sampling import FAST
 from mar_mini.viz import GenerationTheatre, Inpainter
 from mar_mini.viz import figures as fig
@@ -64,9 +65,9 @@ fig.show(fig.filmstrip(frames, alt="The digit 3 grows in 5 steps"))
 
 # %%
 runs = [np.diff([time.perf_counter() for _ in photos.sample([7], generator=seeded())])
-        for _ in range(3)]  # fmt: skip
+        for _ in range(3)]
 print("milliseconds of steps 2 to 16, the fastest of three:",
-      (1000 * np.min(runs, axis=0)).round().astype(int))  # fmt: skip
+      (1000 * np.min(runs, axis=0)).round().astype(int))
 
 # %% [markdown]
 # <details><summary>Answer</summary>
@@ -155,7 +156,7 @@ def from_nothing(labels, num_iter, cfg, generator, **settings):
     mask = torch.ones(len(labels), L, dtype=torch.bool)
     for left in masking.masked_after(L, num_iter):
         tokens, mask = one_step(photos.mar, labels, tokens, mask, order, left, cfg,
-                                generator=generator, **settings)  # fmt: skip
+                                generator=generator, **settings)
     return tokens
 
 
@@ -305,17 +306,17 @@ def plot(lines):
     for name, points in lines.items():
         print(f"{name}:", *(f"{at}: {d:.0f} in {t:.0f} s;" for at, t, d in points))
     fig.show(fig.trade_off(lines, error=CHANCE / 2**0.5, ylabel="distance",
-                           xlabel="processor seconds for 1,000 images"))  # fmt: skip
+                           xlabel="processor seconds for 1,000 images"))
 
 
 rows = {"none": "no guidance", "3": "guidance 3", "4.5 (default)": "default", "7": "guidance 7",
         "4.5, linear": "guidance 4.5, linear", "4.5, first quarter": "guidance up to 1/4 known",
-        "4.5, after that": "guidance from 1/4 known"}  # fmt: skip
+        "4.5, after that": "guidance from 1/4 known"}
 fig.show(fig.ranking({name: [table[row]["distance"]] for name, row in rows.items()},
                      xlabel="distance", floor=FLOOR))
 plot({"constant": {"none": "no guidance", "3": "guidance 3"},
       "linear": {"4.5": "guidance 4.5, linear"},
-      "not at first": {"4.5": "guidance from 1/4 known"}})  # fmt: skip
+      "not at first": {"4.5": "guidance from 1/4 known"}})
 
 # %% [markdown]
 # Guidance doubles the batch and so nearly the time. From 1 to 3 the distance falls by 73; from 3 to
@@ -335,7 +336,7 @@ plot({"temperature": {"0.9": "temperature 0.9", "0.95": "default", "1": "tempera
 spreads = {}
 for t in (0.0, 1.0):
     drawn = digits.generate(asked, cfg=1.0, temperature=t, num_sampling_steps=15,
-                            generator=seeded(3))  # fmt: skip
+                            generator=seeded(3))
     spreads[t] = drawn.unflatten(0, (-1, 10)).std(0).mean()  # between samples of a class
     print(f"temperature {t:g}: standard deviation between digits of a class {spreads[t]:.3f}")
 assert spreads[0.0] < 0.5 * spreads[1.0]
@@ -381,7 +382,7 @@ steps = {"10": "10 diffusion steps", "25": "25 diffusion steps", "50": "default"
          "100": "100 diffusion steps"}
 plot({"DDPM": steps, "DDPM, fewer later": {"50 to 5": "50 to 5 diffusion steps"},
       "DDIM": {"25": "ddim, 25 steps"},
-      "DPM-Solver": {"10": "dpm_solver, 10 steps"}})  # fmt: skip
+      "DPM-Solver": {"10": "dpm_solver, 10 steps"}})
 
 # %% tags=["claim"]
 def roughness(images):
@@ -391,7 +392,7 @@ def roughness(images):
 
 kinds = torch.arange(20) % 10
 rough = {n: roughness(photos.generate(kinds, num_sampling_steps=n, generator=seeded(4)))
-         for n in (5, 10, 50)}  # fmt: skip
+         for n in (5, 10, 50)}
 real, kind = data.to_tensors(data.load_images("cifar10_mini", "test"))
 real = real / 255
 for n, value in rough.items():
@@ -464,7 +465,7 @@ def paint(model, labels, tokens, known, num_iter, cfg, generator, **settings):
     for left in masking.masked_after(int(mask[0].sum()), num_iter):
         weight = linear_cfg(cfg, max(1, left), L)
         tokens, mask = one_step(model, labels, tokens, mask, order, left, weight,
-                                generator=generator, **settings)  # fmt: skip
+                                generator=generator, **settings)
     return tokens
 
 
@@ -483,19 +484,19 @@ known = known.flatten(1)  # (B, L)
 
 names, settings = kind[chosen], {"num_iter": 4, "cfg": 4.5, "temperature": 0.95}
 filled = [paint(photos.mar, names, given, known, generator=seeded(5 + i), clip=photos.clip,
-                **settings) for i in range(3)]  # fmt: skip
+                **settings) for i in range(3)]
 hidden = ~known.view(-1, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
 columns = [photo, torch.where(hidden, 0.85, photo), *(photos.to_images(x) for x in filled)]
 fig.show(fig.image_grid(torch.stack(columns, 1)[[0, 1, 3]].flatten(0, 1), columns=5,
-                        titles=["photograph", "hole", "fill 1", "fill 2", "fill 3"]))  # fmt: skip
+                        titles=["photograph", "hole", "fill 1", "fill 2", "fill 3"]))
 
 # %% tags=["claim"]
 *_, last = photos.sample(names, tokens=given, known=known, generator=seeded(5),
-                         cfg_schedule="linear", **settings)  # fmt: skip
+                         cfg_schedule="linear", **settings)
 off = (filled[0] - last.tokens).abs().max()
 kept = all(torch.equal(x[known], given[known]) for x in filled)
 apart, others = ((filled[0] - x)[~known].std() / given.std()
-                 for x in (filled[1], filled[1].roll(1, 0)))  # fmt: skip
+                 for x in (filled[1], filled[1].roll(1, 0)))
 outside = ~hidden.expand_as(photo)
 again = photos.to_images(given)
 moved = [(photos.to_images(x) - again)[outside].abs().mean() * 255 for x in filled]
@@ -574,7 +575,7 @@ NOTCHES = {
     "iterations": ["4 iterations", "8 iterations", "default"],
     "diffusion steps": ["10 diffusion steps", "25 diffusion steps", "default",
                         "100 diffusion steps"],
-}  # fmt: skip
+}
 gains = {}
 for knob, rows in NOTCHES.items():
     for low, high in zip(rows, rows[1:], strict=False):
@@ -605,7 +606,7 @@ assert least > CHANCE > most
 
 # %% tags=["claim"]
 CHOICE = {"num_iter": 8, "cfg": 3.0, "temperature": 1.0, "num_sampling_steps": 10,
-          "solver": "dpm_solver"}  # fmt: skip
+          "solver": "dpm_solver"}
 rounds = [(seconds(), seconds(**CHOICE)) for _ in range(3)]
 ratio = min(r[0] for r in rounds) / min(r[1] for r in rounds)
 for name in ("default", "fast", "dpm_solver, 10 steps", "chapter 8's choice"):

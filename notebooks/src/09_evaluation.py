@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from mar_mini import data, evaluation, load_pretrained
 from mar_mini.checks import evaluation as check
-from mar_mini.features import load_features
+from mar_mini.judge.features import load_features
 from mar_mini.viz import figures as fig
 
 seed = int(os.environ.get("MAR_MINI_SEED", 0))
@@ -619,7 +619,7 @@ copied = frechet_distance(copier, rest) / least
 print(f"margin: the copier's distance is {copied:.2f} floors (claimed: below 1.1)")
 extra = torch.randn(250, *others.shape[1:], generator=generator)
 copies = {"copier": copier, "with noise": look((others[:250] + 16 / 255 * extra).clamp(0, 1))[0],
-          "samples": seen["samples"], "test": test[:1000]}  # fmt: skip
+          "samples": seen["samples"], "test": test[:1000]}
 pool = torch.cat([train, seen["others"]])  # 11,000 training photographs, some of them twice
 for name, x in copies.items():
     copies[name] = torch.cdist(x, pool).amin(1).quantile(torch.tensor([0.01, 0.5])).tolist()
@@ -700,7 +700,7 @@ class_accuracy = check.class_accuracy(class_accuracy)
 # %%
 judge = evaluation.linear_discriminant(train, reference.train_labels)
 verdicts = {"test photographs": (judge(test), reference.test_labels),
-            "samples": (judge(seen["samples"]), asked)}  # fmt: skip
+            "samples": (judge(seen["samples"]), asked)}
 accuracy = {name: class_accuracy(*verdict, 10) for name, verdict in verdicts.items()}
 table = torch.stack(list(accuracy.values()), 1)  # (10, 2)
 bars = dict(zip(pipeline.classes, table.tolist(), strict=True))
@@ -752,7 +752,7 @@ print(f"in one line: {figure:.0f} ± {(high - low) / 2:.0f} (95%), {len(asked):,
 path = data.data_dir().parent / "benchmarks/results/cifar10.json"
 result = json.loads(path.read_text("utf-8"))
 for name in ("real test images", "test images through the autoencoder", "default", "no guidance",
-             "real, noise of 16", "a normal distribution for each class"):  # fmt: skip
+             "real, noise of 16", "a normal distribution for each class"):
     print(f"{result['rows'][name]['distance']:6.1f} {name}")
 
 # %% [markdown]

@@ -35,13 +35,16 @@ from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from mar_mini import MAR, configs, costs, data, get_config, planning, published
+from mar_mini import MAR, configs, data, get_config
 from mar_mini.checkpoints import load_published
 from mar_mini.checks import full_size as check
-from mar_mini.published import empty
-from mar_mini.rates import measure_rates
-from mar_mini.recipes import train_pipeline
-from mar_mini.sources import open_images
+from mar_mini.planner import memory as planning
+from mar_mini.planner import work as costs
+from mar_mini.planner.rates import measure_rates
+from mar_mini.run import hub as published
+from mar_mini.run.hub import empty
+from mar_mini.run.sources import open_images
+from mar_mini.run.train import train_pipeline
 from mar_mini.training import train_mar
 from mar_mini.viz import figures as fig
 

@@ -63,8 +63,9 @@ def blank(chromium):
 
 def frame(page):
     """Until what was asked for is drawn."""
-    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => "
-                  "requestAnimationFrame(done)))")  # fmt: skip
+    page.evaluate(
+        "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+    )
 
 
 def model(page, name):
@@ -103,12 +104,23 @@ def test_keys_and_buttons_move_through_time(blank):
     page, show = blank
     grid = show(played(step=4))
     grid.focus()
-    for key, step in [("ArrowRight", 5), ("ArrowDown", 6), ("ArrowLeft", 5), ("End", 12),
-                      ("ArrowRight", 12), ("Home", 0), ("ArrowUp", 0)]:  # fmt: skip
+    for key, step in [
+        ("ArrowRight", 5),
+        ("ArrowDown", 6),
+        ("ArrowLeft", 5),
+        ("End", 12),
+        ("ArrowRight", 12),
+        ("Home", 0),
+        ("ArrowUp", 0),
+    ]:
         page.keyboard.press(key)
         assert model(page, "step") == step
-    for label, step in [("One step on", 1), ("One step on", 2), ("One step back", 1),
-                        ("To the beginning", 0)]:  # fmt: skip
+    for label, step in [
+        ("One step on", 1),
+        ("One step on", 2),
+        ("One step back", 1),
+        ("To the beginning", 0),
+    ]:
         page.get_by_role("button", name=label).click()
         assert model(page, "step") == step
     page.get_by_role("slider", name="Step").fill("7")

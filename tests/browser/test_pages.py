@@ -63,9 +63,10 @@ class Lab:
             }"""
         )
         self.page.wait_for_function(
-            "(count) => document.querySelectorAll('.mar-grid').length === count", arg=canvases,
+            "(count) => document.querySelectorAll('.mar-grid').length === count",
+            arg=canvases,
             timeout=180_000,
-        )  # fmt: skip
+        )
         self.page.wait_for_function(READY, timeout=180_000)
 
     def python(self, expression):
@@ -148,8 +149,15 @@ def test_a_drawn_order_is_a_permutation(lab):
     order = lab.python("explorer.order[0].tolist()")
     assert sorted(order) == list(range(64))
     assert order[:8] == [63, 62, 61, 60, 59, 58, 57, 56] and order[8:16] == [
-        48, 40, 32, 24, 25, 26, 27, 28,
-    ]  # fmt: skip
+        48,
+        40,
+        32,
+        24,
+        25,
+        26,
+        27,
+        28,
+    ]
     lab.page.get_by_role("button", name="Clear the drawing").click()
     lab.settle()
     assert lab.python("explorer.order[0].tolist()") == list(range(64))
@@ -180,8 +188,10 @@ def test_a_generation_fills_the_canvas_and_the_kernel_goes_on_listening(lab, rec
     assert [state == 0 for state in seen] == [s == 0 for s in states]
     code = theatre.locator("code").text_content()
     same = f"bool(({code} == theatre.frames[-1].images()).all())"
-    assert lab.python(f"(__import__('builtins').exec('import torch; from mar_mini import "
-                      f"load_pretrained', globals()), {same})[1]")  # fmt: skip
+    assert lab.python(
+        f"(__import__('builtins').exec('import torch; from mar_mini import "
+        f"load_pretrained', globals()), {same})[1]"
+    )
 
 
 def test_stop_ends_a_running_generation(lab):
@@ -266,8 +276,9 @@ def test_the_page_needs_no_code_no_other_host_and_a_token(chromium):
         refused = page.request.get(url.split("?")[0], max_redirects=0)
         assert refused.status in (302, 403)
         page.goto(url)
-        page.wait_for_function("() => document.querySelectorAll('.mar-grid').length === 3",
-                               timeout=90_000)  # fmt: skip
+        page.wait_for_function(
+            "() => document.querySelectorAll('.mar-grid').length === 3", timeout=90_000
+        )
         assert page.locator(".jp-CodeCell .jp-InputArea:visible").count() == 0
         page.get_by_role("button", name="Generate", exact=True).click()
         page.wait_for_function(

@@ -1,0 +1,1 @@
+"""The course as a whole: its chapters, this machine, a doctor for trainings."""

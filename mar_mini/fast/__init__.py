@@ -1,0 +1,1 @@
+"""What makes it faster: each is passed in, and the model without it is the slow and right one."""
