@@ -16,7 +16,6 @@ from mar_mini.run.state import Interrupted
 from mar_mini.run.train import train_pipeline
 
 pytestmark = pytest.mark.slow
-together = pytest.mark.xdist_group("learning")  # one training for all
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,6 @@ def sample(pipeline, **arguments):
     )
 
 
-@together
 def test_the_asked_class_is_found(digits):
     pipeline, means = digits
     asked, images = sample(pipeline)
@@ -51,7 +49,6 @@ def test_the_asked_class_is_found(digits):
     assert share >= 0.70, f"{share:.0%} of 500 samples recognised after {pipeline.card}"
 
 
-@together
 def test_without_the_bound_on_x0_the_samples_are_noise(digits):
     """The terminal step: see the text of `mar_mini.diffusion`."""
     pipeline, means = digits
@@ -74,7 +71,6 @@ def test_without_the_bound_on_x0_the_samples_are_noise(digits):
     assert unbounded.std() > 10 * bounded.std(), f"std {unbounded.std():.2f} without it"
 
 
-@together
 def test_the_judge_can_fail(digits):
     """Random labels are not recognised, so a model that ignores its labels would not pass."""
     pipeline, means = digits

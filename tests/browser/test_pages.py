@@ -11,8 +11,7 @@ import pytest
 from browser import drag
 from conftest import seen_states
 
-# one browser and one server for all
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pages")]
+pytestmark = pytest.mark.slow
 REPO = Path(__file__).resolve().parents[2]
 CELLS = """\
 # %%
