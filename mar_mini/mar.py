@@ -198,8 +198,9 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         num_wanted  that number, if it is known; else it is counted
         returns     z (B, M, E) of the M wanted places, positions ascending: the head's condition
         """
-        if num_wanted is None:
-            masking.same_count(mask)
+        known = x.shape[1] - self.buffer_size
+        if num_wanted is None and masking.same_count(~mask) != known:
+            raise ValueError(f"x is of {known} known tokens; expected those of the encoder's mask")
         x = self.decoder_embed(x)  # (B, S, E)
         buffer, x = x[:, : self.buffer_size], x[:, self.buffer_size :]
         full = masking.restore(x, mask, self.mask_token)  # (B, L, E)
