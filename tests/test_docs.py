@@ -15,6 +15,7 @@ import pytest
 
 import mar_mini
 from mar_mini.configs import PRESETS, MARConfig, VAEConfig
+from mar_mini.fast import Reuse
 
 REPO = Path(__file__).resolve().parent.parent
 OUTSIDE = re.compile(r"[a-z]+:", re.IGNORECASE)  # https:, mailto:, attachment:
@@ -229,15 +230,16 @@ def test_ideas_after_mar_are_quoted_as_measured():
     digits = json.loads((results / "quality.json").read_text())["rows"]
     seen = set()
     for here, measured in rows_of_ideas():
-        argument = re.search(r"`(\w+)=", here)
-        if argument is None:
+        argument = re.findall(r"(?:`|\()(\w+)=", here)[-1:]
+        if not argument:
             assert not re.search(r"\d", measured), here
             continue
-        assert argument[1] in inspect.signature(mar_mini.sampling.sample).parameters
+        known = {*inspect.signature(mar_mini.sampling.sample).parameters, *vars(Reuse())}
+        assert argument[0] in known
         if measured.startswith("not measured"):
             continue
-        seen.add(argument[1])
-        in_cifar10, in_digits = MEASURED[argument[1]]
+        seen.add(argument[0])
+        in_cifar10, in_digits = MEASURED[argument[0]]
         row = cifar10[in_cifar10]
         times = cifar10["default"]["seconds"] / row["seconds"]
         expected = f": {row['distance']:.0f}, {times:.1f}x"

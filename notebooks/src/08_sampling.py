@@ -660,6 +660,6 @@ grid(classes, {"default": {}, "fast": FAST, "choice": CHOICE}, 8)
 # | guidance | `guide`, `linear_cfg` | `diffloss`, `sampling` |
 # | given tokens | `sample(tokens, known)`, `known_first` | `sampling`, `masking` |
 # | DDPM, DDIM, DPM-Solver | `SOLVERS`, `dpm_solver` | `diffusion`, `fast` |
-# | what is left out | `Reuse`, `FAST` | `reuse`, `sampling` |
+# | what is left out | `Reuse`, `FAST` | `fast` |
 #
 # The next chapter needs samples: it asks how good they are, and what a distance can and cannot say.
