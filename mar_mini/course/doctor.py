@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mar_mini.checkpoints import load_pretrained
+from mar_mini import load_pretrained
 from mar_mini.course.symptoms import stored_evidence
 from mar_mini.data import data_dir, load_images
 from mar_mini.evaluation import Reference
