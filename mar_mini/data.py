@@ -256,14 +256,6 @@ def batch_indices(seed: int, step: int, num_images: int, batch_size: int) -> Int
     return torch.tensor(picked)
 
 
-def flip_half(
-    images: Tensor, mirrored: Tensor, picked: Int[Tensor, " B"], generator: torch.Generator
-) -> Tensor:
-    """Those images, each mirrored with probability 1/2."""
-    coin = coins(len(picked), generator).to(images.device)
-    return torch.where(coin[:, None, None, None], mirrored[picked], images[picked])
-
-
 def coins(n: int, generator: torch.Generator) -> Bool[Tensor, " n"]:
     """True with probability 1/2."""
     return torch.rand(n, generator=generator, device=generator.device) < 0.5

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mar_mini import masking, tokens
+from mar_mini.configs import MARConfig
 from mar_mini.diffloss import DiffLoss, Head
 from mar_mini.tokens import take
 from mar_mini.transformer import LAYER_NORM_EPS, Block
@@ -23,50 +24,39 @@ NO_CLASS = -1  # the label of an image whose class is not given, or dropped
 
 
 @dataclass(frozen=True)
-class Drawn:
+class StepDraws:
     """Everything random in a training step of B images, but dropout.
 
-    mask      (B, L) bool, True = masked, the same number M in each row
-    dropped   (B,) bool, True = the label is left out
-    t, noise  (R * B * M,) int64 and (R * B * M, C) for R = diffusion_batch_mul, repetition-major,
-              then batch, then position; None for a head that draws for itself
+    mask        (B, L) bool, True = masked, the same number M in each row
+    num_masked  M
+    dropped     (B,) bool, True = the label is left out
+    t, noise    (R * B * M,) int64 and (R * B * M, C) for R = diffusion_batch_mul, repetition-major,
+                then batch, then position; None for a head that draws for itself
     """
 
     mask: Tensor
+    num_masked: int
     dropped: Tensor
     t: Tensor | None
     noise: Tensor | None
 
-    def rows(self, rows: slice) -> "Drawn":
+    def rows(self, rows: slice) -> "StepDraws":
         """The part of some images of the batch."""
 
         def part(x: Tensor | None) -> Tensor | None:
-            if x is None:
-                return None
-            shape = (-1, len(self.mask), int(self.mask[0].sum()))  # (R, B, M)
-            return x.unflatten(0, shape)[:, rows].flatten(0, 2)
+            shape = (-1, len(self.mask), self.num_masked)  # (R, B, M)
+            return None if x is None else x.unflatten(0, shape)[:, rows].flatten(0, 2)
 
-        return Drawn(self.mask[rows], self.dropped[rows], part(self.t), part(self.noise))
+        mask, dropped = self.mask[rows], self.dropped[rows]
+        return StepDraws(mask, self.num_masked, dropped, part(self.t), part(self.noise))
 
 
 class MAR(nn.Module, PyTorchModelHubMixin):
     """Masked autoregressive image generation with a diffusion head (arXiv 2406.11838).
 
-    img_size, vae_stride, patch_size  pixels of a side, pixels a latent, latents a token; with
-                                      vae_stride 1 tokens are patches of pixels
-    vae_embed_dim                     channels of the latents (or of the image)
-    class_num                         number of classes
-    encoder_*, decoder_*, mlp_ratio   width, depth and heads of the two halves of the transformer
-    buffer_size                       extra tokens in front that carry the class
-    mask_ratio_min                    smallest share of tokens hidden in training
-    label_drop_prob                   share of labels dropped in training, for guidance
-    attn_dropout, proj_dropout        dropout inside the blocks
-    diffloss_d, diffloss_w            depth and width of the head
-    num_sampling_steps                default number of diffusion steps while sampling
-    diffusion_batch_mul               noise levels drawn for each token in a training step
-    grad_checkpointing                recompute activations in the backward pass: less memory
-    block, head                       what to build the transformer and the head from: anything
-                                      called like `Block` and `DiffLoss`
+    settings     the fields of `configs.MARConfig`, and its defaults
+    block, head  what to build the transformer and the head from: anything called like `Block` and
+                 `DiffLoss`
 
     Raises ValueError if the image size does not divide into whole tokens, or a setting is out of
     range.
@@ -74,76 +64,52 @@ class MAR(nn.Module, PyTorchModelHubMixin):
 
     def __init__(
         self,
-        img_size: int = 256,
-        vae_stride: int = 16,
-        patch_size: int = 1,
-        vae_embed_dim: int = 16,
-        class_num: int = 1000,
-        encoder_embed_dim: int = 1024,
-        encoder_depth: int = 16,
-        encoder_num_heads: int = 16,
-        decoder_embed_dim: int = 1024,
-        decoder_depth: int = 16,
-        decoder_num_heads: int = 16,
-        mlp_ratio: float = 4.0,
-        buffer_size: int = 64,
-        mask_ratio_min: float = 0.7,
-        label_drop_prob: float = 0.1,
-        attn_dropout: float = 0.1,
-        proj_dropout: float = 0.1,
-        diffloss_d: int = 3,
-        diffloss_w: int = 1024,
-        num_sampling_steps: int = 100,
-        diffusion_batch_mul: int = 4,
-        grad_checkpointing: bool = False,
         *,
         block: Callable[..., nn.Module] = Block,
         head: Callable[..., Head] = DiffLoss,
+        **settings,
     ):
         super().__init__()
-        if not 0 < mask_ratio_min <= 1:
-            raise ValueError(f"mask_ratio_min is {mask_ratio_min}; expected above 0 and up to 1")
-        self.seq_h = self.seq_w = tokens.grid_side(img_size, vae_stride, patch_size)
+        c = MARConfig(**settings)
+        if not 0 < c.mask_ratio_min <= 1:
+            raise ValueError(f"mask_ratio_min is {c.mask_ratio_min}; expected above 0 and up to 1")
+        self.seq_h = self.seq_w = tokens.grid_side(c.img_size, c.vae_stride, c.patch_size)
         self.seq_len = self.seq_h * self.seq_w
-        self.patch_size, self.vae_embed_dim, self.class_num = patch_size, vae_embed_dim, class_num
-        self.token_embed_dim = vae_embed_dim * patch_size**2
-        self.buffer_size = buffer_size
-        self.mask_ratio_min, self.label_drop_prob = mask_ratio_min, label_drop_prob
-        self.diffusion_batch_mul = diffusion_batch_mul
-        self.grad_checkpointing = grad_checkpointing
+        self.token_embed_dim = c.vae_embed_dim * c.patch_size**2
+        for name in (
+            "patch_size vae_embed_dim class_num buffer_size mask_ratio_min label_drop_prob "
+            "diffusion_batch_mul grad_checkpointing"
+        ).split():
+            setattr(self, name, getattr(c, name))
+        length, dropouts = c.buffer_size + self.seq_len, (c.attn_dropout, c.proj_dropout)
 
-        dim, length = encoder_embed_dim, buffer_size + self.seq_len
-        self.class_emb = nn.Embedding(class_num, dim)
+        # encoder
+        dim = c.encoder_embed_dim
+        self.class_emb = nn.Embedding(c.class_num, dim)
         self.fake_latent = nn.Parameter(torch.empty(1, dim))  # stands in for "no class"
         self.z_proj = nn.Linear(self.token_embed_dim, dim)
         self.z_proj_ln = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.encoder_pos_embed_learned = nn.Parameter(torch.empty(1, length, dim))
         self.encoder_blocks = nn.ModuleList(
-            block(dim, encoder_num_heads, mlp_ratio, attn_dropout, proj_dropout)
-            for _ in range(encoder_depth)
+            block(dim, c.encoder_num_heads, c.mlp_ratio, *dropouts) for _ in range(c.encoder_depth)
         )
         self.encoder_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
 
-        dim = decoder_embed_dim
-        self.decoder_embed = nn.Linear(encoder_embed_dim, dim)
+        # decoder
+        dim = c.decoder_embed_dim
+        self.decoder_embed = nn.Linear(c.encoder_embed_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self.decoder_pos_embed_learned = nn.Parameter(torch.empty(1, length, dim))
         self.decoder_blocks = nn.ModuleList(
-            block(dim, decoder_num_heads, mlp_ratio, attn_dropout, proj_dropout)
-            for _ in range(decoder_depth)
+            block(dim, c.decoder_num_heads, c.mlp_ratio, *dropouts) for _ in range(c.decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.empty(1, self.seq_len, dim))
-
         self.reset_parameters()
-        self.diffloss = head(
-            self.token_embed_dim,
-            dim,
-            diffloss_d,
-            diffloss_w,
-            num_sampling_steps,
-            grad_checkpointing,
-        )
+
+        # head
+        size, steps = (c.diffloss_d, c.diffloss_w), c.num_sampling_steps
+        self.diffloss = head(self.token_embed_dim, dim, *size, steps, c.grad_checkpointing)
 
     def reset_parameters(self) -> None:
         """Xavier for linear layers, normal of std 0.02 for embeddings (MAR's published code)."""
@@ -185,28 +151,35 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         return torch.where((labels == NO_CLASS)[:, None], self.fake_latent, embedded)
 
     def forward_encoder(
-        self, x: Float[Tensor, "B L C"], mask: Bool[Tensor, "B L"], labels: Int[Tensor, " B"]
+        self,
+        x: Float[Tensor, "B L C"],
+        mask: Bool[Tensor, "B L"],
+        labels: Int[Tensor, " B"],
+        num_masked: int | None = None,
     ) -> Float[Tensor, "B S D"]:
         """Encode the known tokens, with the class in the buffer tokens in front of them.
 
-        x        (B, L, C) tokens; what stands at masked places is never used
-        mask     (B, L) bool, True = masked, the same number in each row
-        labels   (B,) int64, -1 = no class
-        returns  (B, buffer_size + known, D)
+        x           (B, L, C) tokens; what stands at masked places is never used
+        mask        (B, L) bool, True = masked, the same number in each row
+        labels      (B,) int64, -1 = no class
+        num_masked  that number, if it is known; else it is counted, and a ValueError says which
+                    row has another one
+        returns     (B, buffer_size + known, D)
         """
-        known = masking.positions(~mask, "known")  # (B, K)
-        x = torch.cat([self.embed_buffer(labels), self.embed(x, known)], dim=1)
+        known = None if num_masked is None else mask.shape[1] - num_masked
+        places = masking.positions(~mask, known)  # (B, K)
+        x = torch.cat([self.embed_buffer(labels), self.embed(x, places)], dim=1)  # (B, S, D)
         return self.encoder_norm(self.run(self.encoder_blocks, self.z_proj_ln(x)))
 
     def embed(
         self, x: Float[Tensor, "B L C"], places: Int[Tensor, "B K"]
     ) -> Float[Tensor, "B K D"]:
-        """The tokens at those places, projected, with their positions."""
+        """Project the tokens at those places, and add their positions."""
         x = self.z_proj(take(x, places).to(self.z_proj.weight.dtype))  # (B, K, D)
         return x + take(self.encoder_pos_embed_learned[:, self.buffer_size :], places)
 
     def embed_buffer(self, labels: Int[Tensor, " B"]) -> Float[Tensor, "B N D"]:
-        """The buffer tokens: the class in each, with their positions."""
+        """Build the buffer tokens: the class in each, with their positions."""
         buffer = self.class_embedding(labels)[:, None]  # (B, 1, D)
         return buffer + self.encoder_pos_embed_learned[:, : self.buffer_size]
 
@@ -215,23 +188,28 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         x: Float[Tensor, "B S D"],
         mask: Bool[Tensor, "B L"],
         wanted: Bool[Tensor, "B L"] | None = None,
+        num_wanted: int | None = None,
     ) -> Float[Tensor, "B M E"]:
         """Put a mask token where a token is missing, and compute z for the wanted places.
 
-        x        (B, buffer_size + known, D) from `forward_encoder` under the same mask
-        mask     (B, L) bool, True = masked
-        wanted   (B, L) bool, True = z is needed there, the same number in each row; all if None
-        returns  z (B, M, E) of the M wanted places, positions ascending: the head's condition
+        x           (B, buffer_size + known, D) from `forward_encoder` under the same mask
+        mask        (B, L) bool, True = masked
+        wanted      (B, L) bool, True = z is needed there, the same number in each row; all if None
+        num_wanted  that number, if it is known; else it is counted
+        returns     z (B, M, E) of the M wanted places, positions ascending: the head's condition
         """
+        known = x.shape[1] - self.buffer_size
+        if num_wanted is None and masking.same_count(~mask) != known:
+            raise ValueError(f"x is of {known} known tokens; expected those of the encoder's mask")
         x = self.decoder_embed(x)  # (B, S, E)
         buffer, x = x[:, : self.buffer_size], x[:, self.buffer_size :]
         full = masking.restore(x, mask, self.mask_token)  # (B, L, E)
         x = torch.cat([buffer, full], dim=1) + self.decoder_pos_embed_learned
         if wanted is None:
-            wanted = torch.ones_like(mask)
-        rows = masking.positions(wanted, "wanted")  # (B, M)
-        x = self.run(self.decoder_blocks, x, rows + self.buffer_size)  # (B, M, E)
-        return self.decoder_norm(x) + take(self.diffusion_pos_embed_learned, rows)
+            wanted, num_wanted = torch.ones_like(mask), self.seq_len
+        places = masking.positions(wanted, num_wanted)  # (B, M)
+        x = self.run(self.decoder_blocks, x, places + self.buffer_size)  # (B, M, E)
+        return self.decoder_norm(x) + take(self.diffusion_pos_embed_learned, places)
 
     def run(
         self,
@@ -239,7 +217,7 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         x: Float[Tensor, "B N D"],
         rows: Int[Tensor, "B K"] | None = None,
     ) -> Float[Tensor, "B K D"]:
-        """All blocks in turn; then the given rows, or all.
+        """Apply all blocks in turn; then take the given rows, or all.
 
         The last block computes those rows only, if its `forward` takes `rows` as that of `Block`
         does: z is needed of the tokens to predict, and in a sampling step these are few.
@@ -258,44 +236,36 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         self,
         latents: Shaped[Tensor, "B C H W"],
         labels: Tensor,
+        drawn: StepDraws | None = None,
         *,
-        mask: Bool[Tensor, "B2 L"] | None = None,
-        t: Int[Tensor, " R"] | None = None,
-        noise: Float[Tensor, "R D"] | None = None,
         generator: torch.Generator | None = None,
-        drawn: Drawn | None = None,
         return_terms: bool = False,
     ) -> Float[Tensor, ""] | dict[str, Float[Tensor, ""]]:
-        """The training loss: hide tokens, predict each from the rest (MAR section 3.4).
+        """Compute the training loss: hide tokens, predict each from the rest (MAR section 3.4).
 
         latents       (B, C, H, W), scaled to standard deviation 1 (pixels: in [-1, 1])
         labels        (B,) int64, -1 = no class; in training some more are dropped
-        mask          (B, L) bool, drawn if None: a ratio for the batch, an order for each image
-        t, noise      for R = diffusion_batch_mul * B * L rows, repetition-major, then batch, then
-                      position; drawn if None
-        drawn         all of that from `draw`, or of some rows of a larger batch, instead
+        drawn         all that is random, from `draw`; drawn from the generator if None
         return_terms  give all of the head's terms by name instead of the loss alone
 
         Raises ValueError for wrong shapes, labels out of range or of a wrong type.
         """
-        target = self.patchify(latents)  # (B, L, C)
-        labels = check_labels(labels, self.class_num, len(target))  # (B,)
+        x = self.patchify(latents)  # (B, L, C)
+        labels = check_labels(labels, self.class_num, len(x))  # (B,)
         if drawn is None:
-            drawn = self.draw(len(target), generator, mask=mask, t=t, noise=noise)
-        mask = drawn.mask.to(target.device)  # (B, L)
+            drawn = self.draw(len(x), generator)
+        mask, num_masked = drawn.mask.to(x.device), drawn.num_masked  # (B, L), M
         labels = labels.masked_fill(drawn.dropped.to(labels.device), NO_CLASS)
-        x = self.forward_encoder(target, mask, labels)  # (B, S, D)
-        z = self.forward_decoder(x, mask, wanted=mask)  # (B, M, E)
-        target = masking.keep(target, mask, "masked")  # (B, M, C)
+        target = masking.keep(x, mask, num_masked).flatten(0, 1)  # (B * M, C)
+
+        # encoder, decoder
+        x = self.forward_encoder(x, mask, labels, num_masked)  # (B, S, D)
+        z = self.forward_decoder(x, mask, mask, num_masked).flatten(0, 1)  # (B * M, E)
+
+        # head
         head = self.diffloss.terms if return_terms else self.diffloss
-        return head(
-            target.flatten(0, 1),
-            z.flatten(0, 1),
-            repeat=self.diffusion_batch_mul,
-            t=drawn.t,
-            noise=drawn.noise,
-            generator=generator,
-        )
+        repeat, given = self.diffusion_batch_mul, {"t": drawn.t, "noise": drawn.noise}
+        return head(target, z, repeat=repeat, **given, generator=generator)
 
     def draw(
         self,
@@ -305,37 +275,38 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         mask: Bool[Tensor, "B L"] | None = None,
         t: Int[Tensor, " R"] | None = None,
         noise: Float[Tensor, "R D"] | None = None,
-    ) -> Drawn:
-        """Everything random in a training step, where it is not given; arguments as for `forward`.
+    ) -> StepDraws:
+        """Draw everything random in a training step that is not given.
+
+        mask      (B, L) bool: else a ratio for the batch, and an order for each image
+        t, noise  for R = diffusion_batch_mul * B * L rows, repetition-major, then batch, then
+                  position: also those of tokens that are not masked
 
         Raises ValueError if what is given does not fit the batch.
         """
         if mask is None:
             mask = self.draw_mask(batch_size, generator)
-        if mask.shape != (batch_size, self.seq_len) or not mask.any():
+        elif mask.shape != (batch_size, self.seq_len) or not mask.any():
             raise ValueError(
                 f"the mask is {tuple(mask.shape)} and hides {int(mask.sum())} tokens; expected "
                 f"{(batch_size, self.seq_len)}, with one hidden token at least"
             )
+        num_masked = masking.same_count(mask)
         dropped = self.draw_dropped(batch_size, generator)
-        t, noise = (self.masked_rows(name, x, mask) for name, x in (("t", t), ("noise", noise)))
-        rows = self.diffusion_batch_mul * int(mask.sum())
-        return Drawn(mask, dropped, *self.diffloss.draw(rows, generator, t, noise))
-
-    def masked_rows(self, name: str, given: Tensor | None, mask: Tensor) -> Tensor | None:
-        """Of t or noise, given for all tokens and repetitions, the rows of the masked tokens.
-
-        Raises ValueError if there is not one row for each token and repetition.
-        """
-        if given is None:
-            return None
         repeat = self.diffusion_batch_mul
-        if len(given) != repeat * mask.numel():
-            raise ValueError(
-                f"{name} has {len(given)} rows; expected diffusion_batch_mul * B * L = "
-                f"{repeat * mask.numel()}"
-            )
-        return given.unflatten(0, (repeat, -1))[:, mask.flatten()].flatten(0, 1)
+        for name, given in (("t", t), ("noise", noise)):
+            if given is not None and len(given) != repeat * mask.numel():
+                raise ValueError(
+                    f"{name} has {len(given)} rows; expected diffusion_batch_mul * B * L = "
+                    f"{repeat * mask.numel()}"
+                )
+        t, noise = (
+            x if x is None else x.unflatten(0, (repeat, -1))[:, mask.flatten()].flatten(0, 1)
+            for x in (t, noise)
+        )
+        rows = repeat * batch_size * num_masked
+        t, noise = self.diffloss.draw(rows, generator, t, noise)
+        return StepDraws(mask, num_masked, dropped, t, noise)
 
     def draw_mask(
         self, batch_size: int, generator: torch.Generator | None = None

@@ -167,47 +167,47 @@ def known_first(order: Int[Tensor, "B L"], known: Bool[Tensor, "B L"]) -> Int[Te
     return order.gather(1, unknown.int().argsort(dim=1, stable=True))  # (B, L)
 
 
-def positions(chosen: Bool[Tensor, "B L"], what: str = "chosen") -> Int[Tensor, "B K"]:
+def same_count(chosen: Bool[Tensor, "B L"]) -> int:
+    """How many places each row of a mask chooses.
+
+    Raises ValueError, which names a row, if they do not all choose the same number.
+    """
+    counts = chosen.sum(1).tolist()
+    odd = next((row for row, count in enumerate(counts) if count != counts[0]), None)
+    if odd is not None:
+        raise ValueError(
+            f"row 0 of the mask has {counts[0]} chosen tokens, row {odd} has {counts[odd]}; "
+            "expected the same number in each row of a batch, so split it"
+        )
+    return counts[0]
+
+
+def positions(chosen: Bool[Tensor, "B L"], count: int | None = None) -> Int[Tensor, "B K"]:
     """Positions of the chosen tokens of each row, ascending.
 
-    chosen  bool (B, L), True = chosen
-    what    the word for them in the message
-
-    Raises ValueError if the rows do not have the same number of chosen tokens.
+    count  how many each row has; counted by `same_count` if None
     """
-    counts = chosen.sum(1)
-    least, most = torch.stack(counts.aminmax()).tolist()
-    if least != most:
-        row = int((counts != counts[0]).nonzero()[0])
-        raise ValueError(
-            f"row 0 of the mask has {int(counts[0])} {what} tokens, row {row} has "
-            f"{int(counts[row])}; expected the same number in each row of a batch, so split it"
-        )
-    return chosen.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    count = same_count(chosen) if count is None else count
+    return chosen.int().argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
 def keep(
-    x: Float[Tensor, "B L D"], chosen: Bool[Tensor, "B L"], what: str = "chosen"
+    x: Float[Tensor, "B L D"], chosen: Bool[Tensor, "B L"], count: int | None = None
 ) -> Float[Tensor, "B K D"]:
-    """The chosen tokens of each row, in the order of their places.
-
-    x        (B, L, D) float
-    chosen   bool (B, L), True = keep, the same number K in each row
-    what     the word for them in the message of the ValueError, if the numbers differ
-    """
-    return take(x, positions(chosen, what))
+    """Take the chosen tokens of each row, in the order of their places; see `positions`."""
+    return take(x, positions(chosen, count))
 
 
 def restore(
     x: Float[Tensor, "B K D"], mask: Bool[Tensor, "B L"], mask_token: Float[Tensor, "1 1 D"]
 ) -> Float[Tensor, "B L D"]:
-    """Known tokens back in their places, the mask token at all others.
+    """Put known tokens back in their places, the mask token at all others.
 
     x           (B, K, D) the known tokens, ascending places
-    mask        bool (B, L), True = masked, K False ones in each row; else ValueError
+    mask        bool (B, L), True = masked, K False ones in each row
     mask_token  (1, 1, D)
     """
-    known = positions(~mask, "known")[..., None]  # (B, K, 1)
+    known = positions(~mask, x.shape[1])[..., None]  # (B, K, 1)
     full = mask_token.to(x.dtype).repeat(*mask.shape, 1)  # (B, L, D)
     return full.scatter(1, known.expand_as(x), x)  # (B, L, D)
 

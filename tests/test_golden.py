@@ -176,9 +176,8 @@ def test_gradients(named_mar):
     rows = 4 * 3 * model.seq_len
     t = torch.from_numpy(np.random.RandomState(60).randint(0, 1000, rows))
     model.zero_grad()
-    loss = model(
-        rnd(41, 3, 4, 8, 8), LABELS, mask=mask, t=t, noise=rnd(61, rows, model.token_embed_dim)
-    )
+    drawn = model.draw(3, mask=mask, t=t, noise=rnd(61, rows, model.token_embed_dim))
+    loss = model(rnd(41, 3, 4, 8, 8), LABELS, drawn)
     check(f"{name}/loss", loss)
     loss.backward()
     names = {key.split("/", 2)[2] for key in KEYS if key.startswith(f"{name}/grad_norm/")}

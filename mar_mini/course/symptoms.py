@@ -232,10 +232,10 @@ class Leaking(MAR):
         finally:
             self.leaking = False
 
-    def forward_encoder(self, x, mask, labels):
+    def forward_encoder(self, x, mask, labels, num_masked=None):
         return super().forward_encoder(x, mask & (not self.leaking), labels)
 
-    def forward_decoder(self, x, mask, wanted=None):
+    def forward_decoder(self, x, mask, wanted=None, num_wanted=None):
         return super().forward_decoder(x, mask & (not self.leaking), wanted)
 
 

@@ -237,7 +237,7 @@ model, batch, hidden = MAR(**asdict(small)), 8, 10
 latents, labels = torch.randn(batch, 16, 8, 8), torch.zeros(batch, dtype=torch.long)
 mask = torch.rand(batch, 16).argsort(1) < hidden  # so many of 16 tokens, in random places
 with FlopCounterMode(display=False) as counter:
-    model(latents, labels, mask=mask).backward()
+    model(latents, labels, model.draw(len(labels), mask=mask)).backward()
 count = planning.count(model)
 work = costs.total(costs.training_work(small, batch, parameters=count, masked=hidden))
 off = work.flops / counter.get_total_flops() - 1
@@ -302,7 +302,7 @@ def kept_bytes(model, *inputs, **given):
 
 
 for n in (2, 4, 8):
-    measured = kept_bytes(model, latents[:n], labels[:n], mask=mask[:n])
+    measured = kept_bytes(model, latents[:n], labels[:n], model.draw(n, mask=mask[:n]))
     predicted = planning.activations(small, n, masked=hidden, gpu=False)
     off = predicted / measured - 1
     print(f"{n} images: kept {measured / 1e6:.2f} MB, the formula is off by {off:+.1%}")
