@@ -24,10 +24,10 @@ from tqdm import tqdm
 from mar_mini import load_pretrained
 from mar_mini.data import data_dir
 from mar_mini.evaluation import Reference, bootstrap, judge, psnr
+from mar_mini.fast import FAST, Reuse, dpm_solver
 from mar_mini.files import write_atomically
 from mar_mini.judge.features import features_of, load_features
 from mar_mini.run.sources import open_images
-from mar_mini.sampling import FAST
 
 HERE = Path(__file__).resolve().parent
 OPTIONS = {
@@ -47,14 +47,14 @@ OPTIONS = {
     "checkerboard order": {"order": "checkerboard"},
     "50 to 5 diffusion steps": {"num_sampling_steps": (50, 5)},
     "ddim, 25 steps": {"solver": "ddim", "num_sampling_steps": 25},
-    "dpm_solver, 10 steps": {"solver": "dpm_solver", "num_sampling_steps": 10},
+    "dpm_solver, 10 steps": {"solver": dpm_solver, "num_sampling_steps": 10},
     "guidance from 1/4 known": {"guidance_interval": (0.25, 1.0)},
     "guidance up to 1/4 known": {"guidance_interval": (0.0, 0.25)},
-    "features each 4th iteration": {"refresh_features": 4},
-    "guidance each 4th iteration": {"refresh_guidance": 4},
+    "features each 4th iteration": {"conditions": Reuse(refresh_features=4)},
+    "guidance each 4th iteration": {"conditions": Reuse(refresh_guidance=4)},
     "fast": FAST,
     "chapter 8's choice": {
-        "solver": "dpm_solver",
+        "solver": dpm_solver,
         "num_sampling_steps": 10,
         "num_iter": 8,
         "cfg": 3.0,

@@ -105,9 +105,8 @@ class Pipeline:
         path = Path(folder) / "config.json"
         try:
             card = json.loads(path.read_text())
-            mar = build(from_json(MARConfig, card["mar"]))
-            vae = card["vae"] and build(from_json(VAEConfig, card["vae"]))
-            defaults = from_json(SamplingConfig, card["defaults"])
+            mar, vae = MAR(**card["mar"]), card["vae"] and AutoencoderKL(**card["vae"])
+            defaults = SamplingConfig(**card["defaults"])
             pipeline = cls(mar, vae, defaults=defaults, **{name: card[name] for name in PLAIN})
         except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
@@ -139,11 +138,6 @@ def untrained(config: Config, seed: int = 0, dtype: torch.dtype = torch.float32)
     card = {"config": config.name, "seed": seed, "trained": False}
     classes = [f"class {i}" for i in range(config.mar.class_num)]
     return Pipeline(mar, vae, 1.0, config.sampling.clip, classes, config.sampling, card)
-
-
-def from_json(kind: type, values: dict):
-    """A configuration (dataclass) from its JSON, which has lists in place of tuples."""
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def build(config: MARConfig | VAEConfig) -> MAR | AutoencoderKL:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mar_mini.configs import choose
-from mar_mini.diffusion import NUM_TIMESTEPS, Diffusion
-from mar_mini.solvers import FIRST_TIMESTEP, SOLVERS
+from mar_mini.diffusion import DETERMINISTIC_START, NUM_TIMESTEPS, SOLVERS, Diffusion, Solver, ddpm
 from mar_mini.transformer import LAYER_NORM_EPS
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -180,43 +179,35 @@ def guide(output: Float[Tensor, "M C2"], cfg: float) -> Float[Tensor, "N C2"]:
     return torch.cat([noise_u + cfg * (noise_c - noise_u), v], dim=1)
 
 
+def masked_rows(x: Tensor | None, mask: Tensor, repeat: int) -> Tensor | None:
+    """Of the rows of all tokens, repetition-major, those of the masked ones; None stays None."""
+    return x if x is None else x.unflatten(0, (repeat, -1))[:, mask.flatten()].flatten(0, 1)
+
+
 class Head(nn.Module):
     """What MAR expects of a head: p(token | z) to train and to sample from.
 
     A head of one's own subclasses this and writes `forward` and `sample`.
     """
 
-    def forward(
-        self, target, z, mask=None, *, repeat=1, t=None, noise=None, generator=None
-    ) -> Tensor:
-        """The loss, a scalar."""
+    def forward(self, target, z, mask=None, *, repeat=1, t=None, noise=None, generator=None):
+        """Compute the loss, a scalar; arguments as for `DiffLoss.terms`."""
         raise NotImplementedError
 
     def terms(self, target, z, mask=None, **given) -> dict[str, Tensor]:
-        """The loss and what it is made of, by name, scalars."""
+        """Compute the loss and what it is made of, by name, scalars."""
         return {"loss": self(target, z, mask, **given)}
 
     def draw(self, n, generator, t=None, noise=None) -> tuple[Tensor | None, Tensor | None]:
-        """t and noise of n rows, where they are not given; None: `forward` draws, or needs none.
+        """Draw t and noise of n rows, where they are not given; None: `forward` draws.
 
         A head that draws here can be trained by several processes, or in micro batches, and the
         losses stay the same.
         """
         return t, noise
 
-    def sample(
-        self,
-        z,
-        z_uncond=None,
-        *,
-        cfg=1.0,
-        temperature=1.0,
-        clip=None,
-        num_sampling_steps=None,
-        solver="ddpm",
-        generator=None,
-    ) -> Tensor:
-        """Tokens (N, C) drawn given z (N, D)."""
+    def sample(self, z, z_uncond=None, *, cfg=1.0, **settings) -> Tensor:
+        """Draw tokens (N, C) given z (N, D); arguments as for `DiffLoss.sample`."""
         raise NotImplementedError
 
 
@@ -242,34 +233,15 @@ class DiffLoss(Head):
         block: Callable[[int], nn.Module] = ResBlock,
     ):
         super().__init__()
-        self.target_channels = target_channels
-        self.num_sampling_steps = num_sampling_steps
-        self.net = SimpleMLPAdaLN(
-            target_channels,
-            width,
-            2 * target_channels,
-            z_channels,
-            depth,
-            grad_checkpointing,
-            block=block,
-        )
+        self.target_channels, self.num_sampling_steps = target_channels, num_sampling_steps
+        sizes = (target_channels, width, 2 * target_channels, z_channels, depth)
+        self.net = SimpleMLPAdaLN(*sizes, grad_checkpointing, block=block)
         self.diffusion = Diffusion()
         Diffusion(num_sampling_steps)  # refuses an impossible number now, not when sampling
 
-    def forward(
-        self,
-        target: Float[Tensor, "N C"],
-        z: Float[Tensor, "N D"],
-        mask: Bool[Tensor, " N"] | None = None,
-        *,
-        repeat: int = 1,
-        t: Int[Tensor, " R"] | None = None,
-        noise: Float[Tensor, "R C"] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, ""]:
-        """Mean loss over the masked tokens (over all without a mask): `terms(...)["loss"]`."""
-        given = {"t": t, "noise": noise, "generator": generator}
-        return self.terms(target, z, mask, repeat=repeat, **given)["loss"]
+    def forward(self, target, z, mask=None, **given) -> Float[Tensor, ""]:
+        """Compute the mean loss over the masked tokens (over all without a mask); see `terms`."""
+        return self.terms(target, z, mask, **given)["loss"]
 
     def terms(
         self,
@@ -282,7 +254,7 @@ class DiffLoss(Head):
         noise: Float[Tensor, "R C"] | None = None,
         generator: torch.Generator | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
-        """The loss and its two parts, `mse` and `vb`, as means over the masked tokens.
+        """Compute the loss and its two parts, `mse` and `vb`, as means over the masked tokens.
 
         target  (N, C) clean tokens
         z       (N, D) conditions
@@ -293,33 +265,29 @@ class DiffLoss(Head):
         """
         if mask is not None:
             target, z = target[mask], z[mask]
-            t, noise = (
-                x if x is None else x.unflatten(0, (repeat, -1))[:, mask].flatten(0, 1)
-                for x in (t, noise)
-            )
-        given = {"t": t, "noise": noise, "generator": generator}
-        rows = self.rows(target, z, repeat=repeat, **given)
-        return {name: value.mean() for name, value in rows.items()}
+            t, noise = (masked_rows(x, mask, repeat) for x in (t, noise))
+        found = self.token_terms(target, z, repeat=repeat, t=t, noise=noise, generator=generator)
+        return {name: value.mean() for name, value in found.items()}
+
+    def token_terms(
+        self, target, z, *, repeat=1, t=None, noise=None, generator=None
+    ) -> dict[str, Float[Tensor, " R"]]:
+        """Compute the loss of each token and noise level and its two parts; see `terms`."""
+        target = target.repeat(repeat, 1)  # (R, C)
+        t, noise = self.draw(len(target), generator, t, noise)
+        t, noise = t.to(target.device), noise.to(target)
+        x_t = self.diffusion.q_sample(target, t, noise)  # (R, C)
+        output = self.net(x_t, t, z).to(target.dtype)  # (R, 2C)
+        return self.diffusion.loss(output, target, x_t, t, noise)
 
     def draw(self, n, generator, t=None, noise=None) -> tuple[Tensor, Tensor]:
-        """Timesteps (n,) int64 and noise (n, C), on the generator's device; see `Head.draw`."""
+        """Draw timesteps (n,) int64 and noise (n, C) on the generator's device; see `Head.draw`."""
         device = next(self.parameters()).device if generator is None else generator.device
         if t is None:
             t = torch.randint(NUM_TIMESTEPS, (n,), generator=generator, device=device)
         if noise is None:
             noise = torch.randn(n, self.target_channels, generator=generator, device=device)
         return t, noise
-
-    def rows(
-        self, target: Tensor, z: Tensor, *, repeat=1, t=None, noise=None, generator=None
-    ) -> dict[str, Float[Tensor, " R"]]:
-        """The loss of each token and noise level and its two parts; see `terms`."""
-        target = target.repeat(repeat, 1)  # (R, C)
-        t, noise = self.draw(len(target), generator, t, noise)
-        t, noise = t.to(target.device), noise.to(target)
-        x_t = self.diffusion.q_sample(target, t, noise)
-        output = self.net(x_t, t, z).to(target.dtype)
-        return self.diffusion.loss(output, target, x_t, t, noise)
 
     def sample(
         self,
@@ -330,7 +298,7 @@ class DiffLoss(Head):
         temperature: float = 1.0,
         clip: float | None = None,
         num_sampling_steps: int | None = None,
-        solver: str = "ddpm",
+        solver: str | Solver = "ddpm",
         generator: Generators = None,
     ) -> Float[Tensor, "N C"]:
         """Draw one token for each z by running the diffusion backwards (MAR section 3.2).
@@ -338,17 +306,16 @@ class DiffLoss(Head):
         z, z_uncond         (N, D) conditions with and without class; the second for guidance only
         cfg                 guidance weight; 1 = none
         temperature         "ddpm": scale of the noise injected at each step, 0 = none but the
-                            initial one; the other two inject none: scale of the initial noise
+                            initial one; others inject none: scale of the initial noise
         clip                bound on |x0|, for models trained on a small budget (see `diffusion`)
         num_sampling_steps  2 to 1000; the constructor's by default
-        solver              "ddpm", or deterministic and in fewer steps "ddim", "dpm_solver"
+        solver              "ddpm", "ddim" or a function like them, such as `fast.dpm_solver`
         generator           one torch.Generator, or a list of G of them for N / G rows each. One
                             draw for the initial state, one for each step but the last, none at
                             temperature 0
         returns             (N, C) float32 tokens
         """
-        walk = choose("solver", solver, SOLVERS)
-        diffusion = Diffusion(num_sampling_steps or self.num_sampling_steps, FIRST_TIMESTEP[solver])
+        walk, diffusion = reverse_walk(solver, num_sampling_steps or self.num_sampling_steps)
         dtype = self.net.input_proj.weight.dtype
         both = z if z_uncond is None else torch.cat([z, z_uncond])  # (N or 2N, D)
         network = as_steps(self.net, both, diffusion.timestep_map.to(z.device))
@@ -362,3 +329,13 @@ class DiffLoss(Head):
             return draw_noise(len(z), self.target_channels, generator, z.new_empty(0).float())
 
         return walk(denoise, diffusion, draw, temperature, clip)
+
+
+def reverse_walk(solver: str | Solver, num_steps: int) -> tuple[Solver, Diffusion]:
+    """Find a solver by its name, and the timesteps that it walks on.
+
+    Raises ValueError for an unknown name or an impossible number of steps.
+    """
+    walk = solver if callable(solver) else choose("solver", solver, SOLVERS)
+    last = NUM_TIMESTEPS - 1 if walk is ddpm else DETERMINISTIC_START
+    return walk, Diffusion(num_steps, last)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mar_mini import masking, tokens
 from mar_mini.configs import MARConfig
-from mar_mini.diffloss import DiffLoss, Head
+from mar_mini.diffloss import DiffLoss, Head, masked_rows
 from mar_mini.tokens import take
 from mar_mini.transformer import LAYER_NORM_EPS, Block
 
@@ -300,10 +300,7 @@ class MAR(nn.Module, PyTorchModelHubMixin):
                     f"{name} has {len(given)} rows; expected diffusion_batch_mul * B * L = "
                     f"{repeat * mask.numel()}"
                 )
-        t, noise = (
-            x if x is None else x.unflatten(0, (repeat, -1))[:, mask.flatten()].flatten(0, 1)
-            for x in (t, noise)
-        )
+        t, noise = (masked_rows(x, mask, repeat) for x in (t, noise))
         rows = repeat * batch_size * num_masked
         t, noise = self.diffloss.draw(rows, generator, t, noise)
         return StepDraws(mask, num_masked, dropped, t, noise)

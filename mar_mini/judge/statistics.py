@@ -222,8 +222,8 @@ def evaluate(
     if model is None:
         raise ValueError("nothing to judge; give a model, or --images FOLDER --statistics FILE")
     from mar_mini.evaluation import Reference, judge
+    from mar_mini.fast import FAST
     from mar_mini.judge.features import features_of, load_features
-    from mar_mini.sampling import FAST
 
     pipeline, network = load_pretrained(model), load_features()
     known = Reference.load(reference or data_dir() / "reference" / "cifar10.safetensors")

@@ -15,8 +15,8 @@ from jaxtyping import Float16
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mar_mini.checkpoints import from_json, load_weights, save_weights
-from mar_mini.configs import VAEConfig, get_config
+from mar_mini.checkpoints import load_weights, save_weights
+from mar_mini.configs import VAEConfig, from_json, get_config
 from mar_mini.data import data_dir, normalise
 from mar_mini.files import write_atomically
 from mar_mini.run.latents import FORMAT, MANIFEST, read_metadata, shard_names, state_of

@@ -197,8 +197,8 @@ def generate(
     from tqdm import tqdm
 
     from mar_mini import load_pretrained
+    from mar_mini.fast import FAST
     from mar_mini.run.parts import parse_part, place
-    from mar_mini.sampling import FAST
 
     pipeline = load_pretrained(model)
     for network in (pipeline.mar, pipeline.vae):
@@ -271,7 +271,7 @@ def sample(
     from tqdm import tqdm
 
     from mar_mini import load_pretrained
-    from mar_mini.sampling import FAST
+    from mar_mini.fast import FAST
     from mar_mini.viz import figures
 
     given = {

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float, Int64
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mar_mini.checkpoints import from_json, load_weights
-from mar_mini.configs import VAEConfig
+from mar_mini.checkpoints import load_weights
+from mar_mini.configs import VAEConfig, from_json
 from mar_mini.run.state import checksum
 from mar_mini.vae import AutoencoderKL, DiagonalGaussian
 

@@ -29,8 +29,8 @@ from tqdm.auto import tqdm
 
 from mar_mini import data, evaluation, load_pretrained, masking
 from mar_mini.checks import sampling as check
+from mar_mini.fast import FAST, dpm_solver
 from mar_mini.judge import features
-from mar_mini.sampling import FAST
 from mar_mini.viz import GenerationTheatre, Inpainter
 from mar_mini.viz import figures as fig
 
@@ -377,7 +377,7 @@ plot({"iterations": {"4": "4 iterations", "8": "8 iterations", "16": "default"}}
 
 # %%
 few = {f"DDPM {n}": {"num_sampling_steps": n} for n in (5, 10, 50)}
-grid(classes, few | {"DPM-S. 10": {"num_sampling_steps": 10, "solver": "dpm_solver"}})
+grid(classes, few | {"DPM-S. 10": {"num_sampling_steps": 10, "solver": dpm_solver}})
 steps = {"10": "10 diffusion steps", "25": "25 diffusion steps", "50": "default",
          "100": "100 diffusion steps"}
 plot({"DDPM": steps, "DDPM, fewer later": {"50 to 5": "50 to 5 diffusion steps"},
@@ -606,7 +606,7 @@ assert least > CHANCE > most
 
 # %% tags=["claim"]
 CHOICE = {"num_iter": 8, "cfg": 3.0, "temperature": 1.0, "num_sampling_steps": 10,
-          "solver": "dpm_solver"}
+          "solver": dpm_solver}
 rounds = [(seconds(), seconds(**CHOICE)) for _ in range(3)]
 ratio = min(r[0] for r in rounds) / min(r[1] for r in rounds)
 for name in ("default", "fast", "dpm_solver, 10 steps", "chapter 8's choice"):
@@ -659,7 +659,7 @@ grid(classes, {"default": {}, "fast": FAST, "choice": CHOICE}, 8)
 # | the loop | `sample`, `steps`, `Frame` | `sampling` |
 # | guidance | `guide`, `linear_cfg` | `diffloss`, `sampling` |
 # | given tokens | `sample(tokens, known)`, `known_first` | `sampling`, `masking` |
-# | DDPM, DDIM, DPM-Solver | `SOLVERS` | `solvers` |
+# | DDPM, DDIM, DPM-Solver | `SOLVERS`, `dpm_solver` | `diffusion`, `fast` |
 # | what is left out | `Reuse`, `FAST` | `reuse`, `sampling` |
 #
 # The next chapter needs samples: it asks how good they are, and what a distance can and cannot say.
