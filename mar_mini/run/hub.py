@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mar_mini.checkpoints import Pipeline, empty, misfit
 from mar_mini.configs import PRESETS, Config, MARConfig, VAEConfig, choose
 from mar_mini.data import data_dir
+from mar_mini.vae import AutoencoderKL
 
 REPOSITORY = "jadechoghari/mar"
 LATENT_SCALE = 0.2325  # 1 / std of KL-16's latents over ImageNet, as published
@@ -97,7 +98,9 @@ def load_published(
     return Pipeline(mar, vae, LATENT_SCALE, sampling.clip, classes, sampling, card)
 
 
-def load_autoencoder(path: str | Path | None = None, config: str | Config = "kl16") -> nn.Module:
+def load_autoencoder(
+    path: str | Path | None = None, config: str | Config = "kl16"
+) -> AutoencoderKL:
     """The published autoencoder KL-16, or that of another preset, float32, in eval mode.
 
     path  kl16.safetensors or kl16.ckpt; None fetches the former
