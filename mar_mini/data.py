@@ -22,10 +22,12 @@ BLOCK = 32
 def data_dir() -> Path:
     """Return the folder of the bundled data.
 
-    It is `data/` beside the package, or the folder in the environment variable MAR_MINI_DATA.
-    Raises ValueError if that folder does not exist.
+    It is `data/` beside the package (in a wheel: inside of it), or the folder in the environment
+    variable MAR_MINI_DATA. Raises ValueError if that folder does not exist.
     """
-    folder = Path(os.environ.get("MAR_MINI_DATA") or Path(__file__).resolve().parents[1] / "data")
+    package = Path(__file__).resolve().parent
+    bundled = package / "_data" if (package / "_data").is_dir() else package.parent / "data"
+    folder = Path(os.environ.get("MAR_MINI_DATA") or bundled)
     if not folder.is_dir():
         raise ValueError(
             f"no data folder {folder}; install the package from a clone (pip install -e .), or "

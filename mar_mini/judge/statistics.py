@@ -214,7 +214,7 @@ def evaluate(
     import torch
     from tqdm import tqdm
 
-    from mar_mini.checkpoints import load_pretrained
+    from mar_mini import load_pretrained
     from mar_mini.data import data_dir
 
     if images is not None:

@@ -15,8 +15,8 @@ from jaxtyping import Float16
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mar_mini.checkpoints import known_fields, load_weights, save_weights
-from mar_mini.configs import VAEConfig, get_config
+from mar_mini.checkpoints import load_weights, save_weights
+from mar_mini.configs import VAEConfig, from_json, get_config
 from mar_mini.data import data_dir, normalise
 from mar_mini.files import write_atomically
 from mar_mini.run.latents import FORMAT, MANIFEST, read_metadata, shard_names, state_of
@@ -50,7 +50,7 @@ def open_vae(name: str | Path, preset: str | None = None) -> Autoencoder:
         config = get_config(preset).vae
     elif (folder / "config.json").is_file():
         values = json.loads((folder / "config.json").read_text())["vae"]
-        config = values and VAEConfig(**known_fields(VAEConfig, values))
+        config = values and from_json(VAEConfig, values)
     else:
         raise ValueError(
             f"{folder} has no config.json; say which preset its vae.safetensors is of: --config"

@@ -196,7 +196,7 @@ def generate(
     """
     from tqdm import tqdm
 
-    from mar_mini.checkpoints import load_pretrained
+    from mar_mini import load_pretrained
     from mar_mini.fast import FAST
     from mar_mini.run.parts import parse_part, place
 
@@ -270,7 +270,7 @@ def sample(
     import torch
     from tqdm import tqdm
 
-    from mar_mini.checkpoints import load_pretrained
+    from mar_mini import load_pretrained
     from mar_mini.fast import FAST
     from mar_mini.viz import figures
 

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float, Int64
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mar_mini.checkpoints import known_fields, load_weights
-from mar_mini.configs import VAEConfig
+from mar_mini.checkpoints import load_weights
+from mar_mini.configs import VAEConfig, from_json
 from mar_mini.run.state import checksum
 from mar_mini.vae import AutoencoderKL, DiagonalGaussian
 
@@ -105,7 +105,7 @@ class LatentShards:
 
     def autoencoder(self) -> tuple[AutoencoderKL, VAEConfig]:
         """That which made these latents. Raises ValueError if its weights are not the same."""
-        config = VAEConfig(**known_fields(VAEConfig, self.manifest["vae"]))
+        config = from_json(VAEConfig, self.manifest["vae"])
         vae = AutoencoderKL(**asdict(config)).eval()
         path = self.folder / "vae.safetensors"
         load_weights(vae, path)
