@@ -9,10 +9,10 @@ moments).
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mar_mini.configs import choose
 from mar_mini.training import Training
 
+T = TypeVar("T")
 STEP_TIMEOUT = timedelta(seconds=50)  # of what happens in a step: nobody is waited for longer
 WAIT_TIMEOUT = timedelta(minutes=30)  # of what may take long, such as writing a checkpoint
 
@@ -35,7 +36,7 @@ class DistributedTraining(Training):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         on_gpu = next(model.parameters()).is_cuda
         self.group = dist.new_group(backend="nccl" if on_gpu else "gloo", timeout=STEP_TIMEOUT)
-        gather(None)  # preparing the data may have taken some processes longer than others
+        dist.barrier()  # preparing the data may have taken some processes longer than others
         for x in (*model.parameters(), *model.buffers()):
             dist.broadcast(x.detach(), 0, group=self.group)
         super().__init__(model, images, terms, config, seed)
@@ -82,9 +83,7 @@ STRATEGIES = {"ddp": DistributedTraining, "fsdp": ShardedTraining}
 
 
 @contextmanager
-def join(
-    strategy: str = "ddp", device: torch.device | str = "cpu"
-) -> Iterator[type[Training]]:
+def join(strategy: str = "ddp", device: torch.device | str = "cpu") -> Iterator[type[Training]]:
     """Join the processes that torchrun started; gives their kind of `Training`, or that itself.
 
     strategy  "ddp": each process holds the whole model; "fsdp": each a shard of it
@@ -120,15 +119,22 @@ def own_device(kind: str = "auto") -> torch.device:
     return torch.device(kind)
 
 
-def get_rank() -> int:
-    """The number of this process, 0 without others."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def gather(value: Any) -> list:
-    """The values of all processes, in the order of their ranks; each waits for the others."""
+def gather(work: Callable[[int, int], T]) -> list[T]:
+    """What `work(rank, world_size)` gives in each process; an OSError of one is raised in all."""
     if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+        return [work(0, 1)]
+    results = [None] * dist.get_world_size()
+    try:
+        result = work(dist.get_rank(), len(results))
+    except OSError as error:
+        result = error
+    dist.all_gather_object(results, result)
+    for result in results:
+        if isinstance(result, OSError):
+            raise result
+    return results
+
+
+def on_first(work: Callable[[], T]) -> T:
+    """What `work` gives in the first process; the others wait for it."""
+    return gather(lambda rank, _: work() if rank == 0 else None)[0]

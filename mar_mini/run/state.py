@@ -143,10 +143,12 @@ def load(path: Path, identity: dict, training: Training) -> None:
     reader, state = dcp.HuggingFaceStorageReader(str(path)), tensors(training)
     there = {k: tuple(v.size) for k, v in reader.read_metadata().state_dict_metadata.items()}
     here = {name: tuple(x.shape) for name, x in state.items()}
-    for name in {**there, **here}:
+    for name in {**here, **there}:
         theirs, ours = (shapes.get(name, "no such tensor") for shapes in (there, here))
         if theirs != ours:
-            raise ValueError(f"{path} has {name} {theirs}, this model {ours}: it is of another")
+            raise ValueError(
+                f"{path} has {name} {theirs}, this model {ours}: it is of another model"
+            )
     with quietly() as how:
         dcp.load(state, storage_reader=reader, **how)  # into the tensors of the training
     training.resume(run["step"], run["seconds"])
