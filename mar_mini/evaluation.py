@@ -5,16 +5,10 @@ falls with their number: so each figure stands beside its floor, that of as many
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
-
-from mar_mini.files import write_atomically
 
 
 def class_means(
@@ -64,10 +58,13 @@ def frechet_distance(a: Float[Tensor, "N D"], b: Float[Tensor, "M D"]) -> float:
             f"features are {tuple(a.shape)} and {tuple(b.shape)}; expected (N, D) and (M, D) with "
             "two rows at least"
         )
-    (mean_a, cov_a), (mean_b, cov_b) = (
-        (x.double().mean(0), torch.cov(x.double().T).reshape(x.shape[1], -1)) for x in (a, b)
-    )
-    return frechet_from_moments(mean_a, cov_a, mean_b, cov_b)
+    return frechet_from_moments(*moments(a), *moments(b))
+
+
+def moments(features: Float[Tensor, "N D"]) -> tuple[Float64[Tensor, " D"], Float64[Tensor, "D D"]]:
+    """Mean and covariance of features, one row an image."""
+    x = features.double()
+    return x.mean(0), torch.cov(x.T).reshape(x.shape[1], -1)
 
 
 def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
@@ -212,97 +209,3 @@ def floor(
         raise ValueError(f"{len(real)} real images; expected {n} + {m} at least, all different")
     order = torch.randperm(len(real), generator=generator)
     return distance(real[order[:n]], real[order[n : n + m]])
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What samples are compared with, without the images themselves.
-
-    features_name              the network that made them; figures of different networks are never
-                               compared
-    mean, cov                  float64 (D,), (D, D) of the whole training set
-    train, test                float32 (N, D) features of some training images, and of test images
-    train_labels, test_labels  int64 (N,) their classes
-    train_count                how many images `mean` and `cov` are made from
-    """
-
-    features_name: str
-    mean: Tensor
-    cov: Tensor
-    train: Tensor
-    test: Tensor
-    train_labels: Tensor
-    test_labels: Tensor
-    train_count: int
-
-    def distance(self, features: Float[Tensor, "N D"]) -> float:
-        """Fréchet distance of some features to the whole training set."""
-        cov = torch.cov(features.double().T)
-        return frechet_from_moments(features.double().mean(0), cov, self.mean, self.cov)
-
-    def save(self, path: Path) -> None:
-        tensors = {
-            "mean": self.mean,
-            "cov": self.cov,
-            "train": self.train.half(),
-            "test": self.test.half(),
-            "train_labels": self.train_labels.byte(),
-            "test_labels": self.test_labels.byte(),
-        }
-        card = {"features": self.features_name, "train_count": str(self.train_count)}
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, card))
-
-    @classmethod
-    def load(cls, path: Path) -> "Reference":
-        """Raises ValueError if the file is missing or damaged."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                x = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                card = file.metadata()
-            return cls(
-                card["features"],
-                x["mean"],
-                x["cov"],
-                x["train"].float(),
-                x["test"].float(),
-                x["train_labels"].long(),
-                x["test_labels"].long(),
-                int(card["train_count"]),
-            )
-        except (SafetensorError, OSError, KeyError) as error:
-            raise ValueError(f"{path} is missing or damaged ({error}); restore it") from error
-
-
-def judge(
-    features: Float[Tensor, "N D"], asked: Int[Tensor, " N"], reference: Reference, seed: int = 0
-) -> dict[str, tuple[float, float]]:
-    """Each figure of some samples, and beside it its floor: that of as many real test images.
-
-    features  (N, D) of the samples, by the network of the reference
-    asked     (N,) the classes that were asked for
-    returns   name -> (of the samples, floor); "distance", "KID" lower is better, "precision"
-              and "recall" higher; "class found" is the share in which a linear discriminant finds
-              the class, "nearest" the median distance to the nearest training image
-
-    Raises ValueError for more samples than the reference has test images.
-    """
-    n = len(features)
-    if n > len(reference.test):
-        raise ValueError(
-            f"{n} samples, but the reference has {len(reference.test)} test images to give the "
-            "floor; judge fewer samples"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    picked = torch.randperm(len(reference.test), generator=generator)[:n]
-    train = reference.train[torch.randperm(len(reference.train), generator=generator)[:n]]
-    classify = linear_discriminant(reference.train, reference.train_labels)
-
-    def figures(x: Tensor, labels: Tensor) -> list[float]:
-        kid = kernel_distance(x, train, generator=torch.Generator().manual_seed(seed))[0]
-        found = float((classify(x) == labels).double().mean())
-        near = float(nearest(x, reference.train)[0].median())
-        return [reference.distance(x), kid, *precision_recall(x, train), found, near]
-
-    names = ("distance", "KID", "precision", "recall", "class found", "nearest")
-    floor = figures(reference.test[picked], reference.test_labels[picked])
-    return dict(zip(names, zip(figures(features, asked), floor, strict=True), strict=True))

@@ -13,9 +13,9 @@ import torch
 from mar_mini.checkpoints import load_pretrained
 from mar_mini.course.symptoms import stored_evidence
 from mar_mini.data import data_dir, load_images
-from mar_mini.evaluation import Reference
 from mar_mini.fast.compiling import COMPILERS
-from mar_mini.run.sources import FETCHERS, cache_dir, is_arrays
+from mar_mini.judge.statistics import Reference
+from mar_mini.run.images import FETCHERS, cache_dir, is_arrays
 from mar_mini.training import multiplies_bf16
 
 PACKAGES = ("torch", "numpy", "datasets", "jupyterlab", "matplotlib", "ipywidgets", "safetensors")

@@ -20,8 +20,8 @@ from distributed_worker import IDENTITY, Posteriors, losses, start
 from mar_mini import configs, load_pretrained
 from mar_mini.data import InMemory, fetch
 from mar_mini.run.distributed import Alone, join, started_by_torchrun
+from mar_mini.run.images import open_images
 from mar_mini.run.sharded import ShardedCheckpoints, open_checkpoints
-from mar_mini.run.sources import open_images
 from mar_mini.run.train import MASKED, recorded, train_latents, train_pipeline
 
 TESTS = Path(__file__).resolve().parent
