@@ -11,16 +11,12 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 
-def class_means(
-    images: Float[Tensor, "N C H W"], labels: Int[Tensor, " N"]
-) -> Float[Tensor, "K C H W"]:
+def class_means(images: Float[Tensor, "N C H W"], labels: Int[Tensor, " N"]) -> Tensor:
     """The mean image of each class, (K, C, H, W)."""
     return torch.stack([images[labels == k].mean(0) for k in range(int(labels.max()) + 1)])
 
 
-def nearest_class(
-    images: Float[Tensor, "N C H W"], means: Float[Tensor, "K C H W"]
-) -> Int[Tensor, " N"]:
+def nearest_class(images: Float[Tensor, "N C H W"], means: Float[Tensor, "K C H W"]) -> Tensor:
     """The class whose mean image is nearest in pixels (Euclidean), (N,) int64."""
     return torch.cdist(images.flatten(1), means.flatten(1)).argmin(1)
 
@@ -32,9 +28,7 @@ def recognised(
     return float((nearest_class(images, means) == asked.to(images.device)).double().mean())
 
 
-def class_accuracy(
-    taken: Int[Tensor, " N"], asked: Int[Tensor, " N"], classes: int
-) -> Float[Tensor, " K"]:
+def class_accuracy(taken: Int[Tensor, " N"], asked: Int[Tensor, " N"], classes: int) -> Tensor:
     """For each class, the share of the images asked for as that class that are taken for it.
 
     taken    (N,) what a classifier says of each image
@@ -79,12 +73,7 @@ def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: T
 
 
 def kernel_distance(
-    a: Float[Tensor, "N D"],
-    b: Float[Tensor, "M D"],
-    *,
-    subsets: int = 50,
-    size: int = 1000,
-    generator: torch.Generator | None = None,
+    a: Float[Tensor, "N D"], b: Float[Tensor, "M D"], *, subsets=50, size=1000, generator=None
 ) -> tuple[float, float]:
     """Squared distance of two clouds of features under the kernel (x.y / D + 1)^3: KID.
 
@@ -168,12 +157,7 @@ def psnr(a: Float[Tensor, "N C H W"], b: Float[Tensor, "N C H W"]) -> Float[Tens
 
 
 def bootstrap(
-    measure: Callable[[Tensor], float],
-    n: int,
-    *,
-    rounds: int = 100,
-    level: float = 0.95,
-    generator: torch.Generator | None = None,
+    measure: Callable[[Tensor], float], n: int, *, rounds=100, level=0.95, generator=None
 ) -> tuple[float, float]:
     """An interval for a measure of n rows: from what it gives for rows drawn with replacement.
 
@@ -191,12 +175,7 @@ def bootstrap(
 
 
 def floor(
-    real: Float[Tensor, "P D"],
-    n: int,
-    m: int,
-    *,
-    distance: Callable[[Tensor, Tensor], float] = frechet_distance,
-    generator: torch.Generator | None = None,
+    real: Float[Tensor, "P D"], n: int, m: int, *, distance=frechet_distance, generator=None
 ) -> float:
     """What a distance of n images to m images comes to if all are real: two sets without overlap.
 

