@@ -18,16 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mar_mini import load_pretrained
+from mar_mini import evaluation, load_pretrained
 from mar_mini.data import data_dir
-from mar_mini.evaluation import (
-    frechet_from_moments,
-    kernel_distance,
-    linear_discriminant,
-    moments,
-    nearest,
-    precision_recall,
-)
 from mar_mini.fast import FAST
 from mar_mini.files import write_atomically
 from mar_mini.judge.features import NUM_FEATURES, features_of, load_features
@@ -37,6 +29,7 @@ from mar_mini.run.parts import place
 
 ENOUGH, INCEPTION = 10_000, 2048
 STORED = {torch.float32: torch.float16, torch.int64: torch.uint8}
+READ = {stored: dtype for dtype, stored in STORED.items()}
 
 
 @dataclass(frozen=True)
@@ -67,14 +60,14 @@ class Reference:
         """From the features of all images; `some` of them go with it."""
         if len(rows) < 2:
             raise ValueError(f"{len(rows)} images; expected two at least")
-        return cls(*moments(rows), name, len(rows), image_size, **some)
+        return cls(*evaluation.moments(rows), name, len(rows), image_size, **some)
 
     def distance(self, other: "Float[Tensor, 'N D'] | Reference") -> float:
         """Fréchet distance of others to these. Raises ValueError as `check_comparable`."""
         if isinstance(other, Tensor):
             other = Reference.of(other, self.features, self.image_size)
         self.check_comparable(len(other.mean), other.features, other.image_size)
-        return frechet_from_moments(other.mean, other.cov, self.mean, self.cov)
+        return evaluation.frechet_from_moments(other.mean, other.cov, self.mean, self.cov)
 
     def check_comparable(self, numbers: int, features: str | None, image_size: int | None) -> None:
         """Raises ValueError where a distance of others, with so many numbers, means nothing."""
@@ -83,10 +76,9 @@ class Reference:
             whose = self.features or ("Inception" if mine == INCEPTION else "an unknown network")
             raise ValueError(
                 f"the statistics are of {mine} numbers an image ({whose}), these images' features "
-                f"of {numbers} ({features}); for published statistics write the images with "
-                "`mar-mini generate --png` and run the evaluator that they belong to, or make "
-                "statistics of real images here: mar-mini evaluate --images SOURCE --size SIDE "
-                "--write-statistics FILE"
+                f"of {numbers} ({features}); for published ones run the evaluator that they belong "
+                "to on what `mar-mini generate --png` writes, or make statistics of real images: "
+                "mar-mini evaluate --images SOURCE --size SIDE --write-statistics FILE"
             )
         if self.image_size not in (None, image_size):
             raise ValueError(
@@ -124,10 +116,7 @@ class Reference:
             with safe_open(path, framework="pt") as file:
                 x = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 card = file.metadata()
-            read = {stored: dtype for dtype, stored in STORED.items()}
-            x = {
-                name: tensor.to(read.get(tensor.dtype, tensor.dtype)) for name, tensor in x.items()
-            }
+            x = {name: y.to(READ.get(y.dtype, y.dtype)) for name, y in x.items()}
             return cls(features=card["features"], count=int(card["train_count"]), **x)
         except Exception as error:  # whatever a damaged or foreign file does to those who read it
             raise ValueError(
@@ -175,13 +164,13 @@ def judge(
     generator = torch.Generator().manual_seed(seed)
     picked = torch.randperm(len(reference.test), generator=generator)[:n]
     train = reference.train[torch.randperm(len(reference.train), generator=generator)[:n]]
-    classify = linear_discriminant(reference.train, reference.train_labels)
+    classify = evaluation.linear_discriminant(reference.train, reference.train_labels)
 
     def figures(x: Tensor, labels: Tensor) -> list[float]:
-        kid = kernel_distance(x, train, generator=torch.Generator().manual_seed(seed))[0]
+        kid = evaluation.kernel_distance(x, train, generator=torch.Generator().manual_seed(seed))[0]
         found = float((classify(x) == labels).double().mean())
-        near = float(nearest(x, reference.train)[0].median())
-        return [reference.distance(x), kid, *precision_recall(x, train), found, near]
+        near = float(evaluation.nearest(x, reference.train)[0].median())
+        return [reference.distance(x), kid, *evaluation.precision_recall(x, train), found, near]
 
     names = ("distance", "KID", "precision", "recall", "class found", "nearest")
     floor = figures(reference.test[picked], reference.test_labels[picked])

@@ -36,7 +36,7 @@ def write_images(
     png: bool = False,
     **settings,
 ) -> Iterator[int]:
-    """Generate images into a folder, as `parts.fill` does; yields how many of them are done.
+    """Generate images into a folder, as `parts.fill` does.
 
     Image i is of class i modulo the number of classes, and all that is random in it follows from
     (seed, i). So the set is the same for any number of parts and any batch size, but for rounding.
@@ -47,9 +47,9 @@ def write_images(
     Raises ValueError if the folder holds other images, or for settings that mean nothing.
     """
     folder, ranges = Path(folder), pieces(count, shard_size)
-    models = {"mar": pipeline.mar, "vae": pipeline.vae}
+    models = {"mar": pipeline.mar, **({"vae": pipeline.vae} if pipeline.vae else {})}
     identity = {
-        "model": weights_checksum(nn.ModuleDict({k: v for k, v in models.items() if v})),
+        "model": weights_checksum(nn.ModuleDict(models)),
         "count": count,
         "seed": seed,
         "png": png,
@@ -68,11 +68,9 @@ def write_images(
         stored: list[bytes] = []
         for first in range(0, len(ranges[number]), batch_size):
             batch = ranges[number][first : first + batch_size]
-            images = pipeline.generate(
-                [i % len(pipeline.classes) for i in batch],
-                generator=[step_generator(seed, i) for i in batch],
-                **settings,
-            )
+            labels = [i % len(pipeline.classes) for i in batch]
+            generators = [step_generator(seed, i) for i in batch]
+            images = pipeline.generate(labels, generator=generators, **settings)
             stored += map(encode_png, images)
             yield len(batch)
         if png:
@@ -155,20 +153,10 @@ def generate(
 
     settings = {**(FAST if fast else {}), **settings}
     pipeline, mine = load_pretrained(model), parse_part(part)
-    for network in (pipeline.mar, pipeline.vae):
-        if network is not None:
-            network.to(place())
-    steps = write_images(
-        pipeline,
-        out,
-        count,
-        seed=seed,
-        part=mine,
-        batch_size=batch_size,
-        shard_size=shard_size,
-        png=png,
-        **settings,
-    )
+    for network in filter(None, (pipeline.mar, pipeline.vae)):
+        network.to(place())
+    sizes = {"batch_size": batch_size, "shard_size": shard_size}
+    steps = write_images(pipeline, out, count, part=mine, seed=seed, png=png, **sizes, **settings)
     with tqdm(total=count // mine[1], desc="generating", unit="image") as bar:
         for number in steps:
             bar.update(number)
@@ -226,15 +214,14 @@ def sample(
     asked = list(labels) or list(range(min(10, len(pipeline.classes))))
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(len(asked))]
     steps = pipeline.sample(asked, order=order, generator=generators, **settings)
-    total = settings.get("num_iter", pipeline.defaults.num_iter)
-    start = time.perf_counter()
+    total, start = settings.get("num_iter", pipeline.defaults.num_iter), time.perf_counter()
     frames = list(tqdm(steps, total=total, desc="sampling", unit="step"))
     images = frames[-1].images()
     if random_weights:
         print(f"sampled in {time.perf_counter() - start:.1f} s; the picture is noise")
     titles = [pipeline.classes[label] for label in asked]
-    columns = min(8, len(images))
-    figures.save_figure(figures.image_grid(images, columns=columns, titles=titles), out)
+    grid = figures.image_grid(images, columns=min(8, len(images)), titles=titles)
+    figures.save_figure(grid, out)
     print(f"wrote {out}: {', '.join(titles)}")
     if filmstrip is not None:
         figures.save_figure(figures.filmstrip(frames), filmstrip)
@@ -255,10 +242,8 @@ def random_pipeline(
     memory, phases = plan_sampling(preset, batch_size, dtype, available_memory(), **steps)
     kind = getattr(torch, dtype)
     seconds = sum(measure_rates(kind).by_part(phases).values())
-    print(
-        f"{config} with random weights, a batch of {batch_size} in {dtype}: predicted "
-        f"{seconds:.1f} s and {si(memory)}B"
-    )
+    what = f"{config} with random weights, a batch of {batch_size} in {dtype}"
+    print(f"{what}: predicted {seconds:.1f} s and {si(memory)}B")
     start = time.perf_counter()
     pipeline = untrained(preset, seed, kind)
     print(f"built in {time.perf_counter() - start:.1f} s", flush=True)

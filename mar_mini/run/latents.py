@@ -286,39 +286,28 @@ def latents(
         data = LatentShards(check)
         for _ in tqdm(data.check(), total=len(data.files), desc="checking", unit="shard"):
             pass
-        print(f"{check}: whole, {len(data):,} pictures, {len(data.classes)} classes")
-        for name in data.skipped:
-            print(f"  left out: {name}")
-        return 0
-    if source is None or vae is None:
+    elif source is None or vae is None:
         raise ValueError("expected what to encode and by what: mar-mini latents SOURCE --vae MODEL")
-    (model, vae_config), pictures = open_vae(vae, config), open_pictures(source, split)
-    mine = parse_part(part)
-    # of any part: what is missing may be of another one
-    command = re.sub(r" --part[ =]\S+", "", shlex.join(["mar-mini", *sys.argv[1:]]))
-    steps = write_latents(
-        model.to(place()),
-        vae_config,
-        pictures,
-        out,
-        side=size or vae_config.resolution,
-        command=command,
-        shard_size=shard_size,
-        part=mine,
-        batch_size=batch_size,
-        workers=workers,
-        skip_unreadable=skip_unreadable,
-    )
-    with tqdm(total=len(pictures) // mine[1], desc="encoding", unit="picture") as bar:
-        for number in steps:
-            bar.update(number)
-    if not all(path.is_file() for path in shard_files(out, read_card(out / MANIFEST))):
-        print(f"part {mine[0]}/{mine[1]} is in {out}; the others are not there yet")
-        return 0
-    data = LatentShards(out)
+    else:
+        (model, vae_config), pictures = open_vae(vae, config), open_pictures(source, split)
+        mine = parse_part(part)
+        # of any part: what is missing may be of another one
+        command = re.sub(r" --part[ =]\S+", "", shlex.join(["mar-mini", *sys.argv[1:]]))
+        options = {"side": size or vae_config.resolution, "shard_size": shard_size, "part": mine}
+        options |= {"batch_size": batch_size, "workers": workers, "command": command}
+        options |= {"skip_unreadable": skip_unreadable}
+        steps = write_latents(model.to(place()), vae_config, pictures, out, **options)
+        with tqdm(total=len(pictures) // mine[1], desc="encoding", unit="picture") as bar:
+            for number in steps:
+                bar.update(number)
+        if not all(path.is_file() for path in shard_files(out, read_card(out / MANIFEST))):
+            print(f"part {mine[0]}/{mine[1]} is in {out}; the others are not there yet")
+            return 0
+        data = LatentShards(out)
     print(
-        f"{out}: {len(data):,} pictures, {len(data.classes)} classes, latents {data.shape}, "
-        f"scale {data.latent_scale:.4f}, bound {data.clip:.2f}"
+        f"{data.folder}: {'whole, ' * (check is not None)}{len(data):,} pictures, "
+        f"{len(data.classes)} classes, latents {data.shape}, scale {data.latent_scale:.4f}, "
+        f"bound {data.clip:.2f}"
     )
     for name in data.skipped:
         print(f"  left out: {name}")
