@@ -23,11 +23,12 @@ from tqdm import tqdm
 
 from mar_mini import load_pretrained
 from mar_mini.data import data_dir
-from mar_mini.evaluation import Reference, bootstrap, judge, psnr
+from mar_mini.evaluation import bootstrap, psnr
 from mar_mini.fast import FAST, Reuse, dpm_solver
 from mar_mini.files import write_atomically
 from mar_mini.judge.features import features_of, load_features
-from mar_mini.run.sources import open_images
+from mar_mini.judge.statistics import Reference, judge
+from mar_mini.run.images import open_images
 
 HERE = Path(__file__).resolve().parent
 OPTIONS = {

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare machine h
 from mar_mini.configs import Config, for_batch_size, get_config
 from mar_mini.data import normalise
 from mar_mini.run.distributed import Alone, join, own_device
-from mar_mini.run.sources import open_images
+from mar_mini.run.images import open_images
 from mar_mini.run.train import MOMENTS, recorded, train_latents, train_pipeline
 
 GO_ON = 75  # "temporary failure": a part has ended, the run has not

@@ -318,7 +318,7 @@ def test_code_that_does_not_exist_is_found(span):
         "tests/test_docs.py",
         "mar_mini/mar.py",
         'masking.ORDERS["spiral"]',
-        "evaluation.Reference.cov",
+        "judge.statistics.Reference.cov",
     ],
 )
 def test_code_that_exists_is_known(span):

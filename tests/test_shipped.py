@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from mar_mini import data, load_pretrained
-from mar_mini.evaluation import Reference, psnr
+from mar_mini.evaluation import psnr
 from mar_mini.judge.features import features_of, load_features
+from mar_mini.judge.statistics import Reference
 from mar_mini.viz.figures import image_grid, png
 
 FOLDER = data.data_dir() / "weights" / "cifar10"

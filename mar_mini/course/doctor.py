@@ -13,9 +13,9 @@ from mar_mini import load_pretrained
 from mar_mini.course.chapters import cores
 from mar_mini.course.symptoms import stored_evidence
 from mar_mini.data import data_dir, load_images
-from mar_mini.evaluation import Reference
 from mar_mini.fast.compiling import COMPILERS
-from mar_mini.run.sources import FETCHERS, cache_dir, is_arrays
+from mar_mini.judge.statistics import Reference
+from mar_mini.run.images import FETCHERS, cache_dir, is_arrays
 
 PACKAGES = ("torch", "numpy", "datasets", "jupyterlab", "matplotlib", "ipywidgets", "safetensors")
 BUNDLED = {  # a pattern of files in data/, and what reading one finds

@@ -386,8 +386,8 @@ def train(
 
     from mar_mini.configs import get_config
     from mar_mini.data import normalise
+    from mar_mini.run.images import open_images
     from mar_mini.run.latents import LatentShards
-    from mar_mini.run.sources import open_images
     from mar_mini.viz.figures import image_grid, save_figure
 
     preset = get_config(config)

@@ -3,7 +3,6 @@
 import io
 
 import ipywidgets
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from PIL import Image, UnidentifiedImageError
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 
 from mar_mini.checkpoints import ImageFrame, Pipeline
 from mar_mini.data import load_images, to_tensors
-from mar_mini.run.sources import square
+from mar_mini.run.images import center_crop
 from mar_mini.viz.canvas import STYLE, WIDE, slider
 from mar_mini.viz.theatre import GenerationTheatre
 
@@ -151,10 +150,10 @@ class Inpainter(GenerationTheatre):
         with self.complaints():
             try:
                 with Image.open(io.BytesIO(content)) as picture:
-                    pixels = square(picture, self.shape[-1])
+                    pixels = center_crop(picture, self.shape[-1])
             except (UnidentifiedImageError, OSError, SyntaxError) as error:
                 raise ValueError(f"{name} cannot be read as a picture; try PNG or JPEG") from error
-            image = torch.from_numpy(np.ascontiguousarray(pixels)) / 255
+            image = pixels / 255
             self.take(image if self.shape[0] == 3 else image.mean(0, keepdim=True))
 
     def _generate_one(self) -> None:

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from mar_mini import data, evaluation, load_pretrained, masking
 from mar_mini.checks import sampling as check
 from mar_mini.fast import FAST, dpm_solver
-from mar_mini.judge import features
+from mar_mini.judge import features, statistics
 from mar_mini.viz import GenerationTheatre, Inpainter
 from mar_mini.viz import figures as fig
 
@@ -196,7 +196,7 @@ FLOOR = table["real test images"]["distance"]
 stored = np.load(data.data_dir() / "reference/cifar10_samples.npz")["images"]
 pictures, network = torch.from_numpy(stored).float() / 255, features.load_features()
 found = torch.cat([features.features_of(network, part) for part in tqdm(pictures.split(100))])
-reference = evaluation.Reference.load(data.data_dir() / "reference/cifar10.safetensors")
+reference = statistics.Reference.load(data.data_dir() / "reference/cifar10.safetensors")
 low, high = evaluation.bootstrap(
     lambda rows: reference.distance(found[rows]), len(found), rounds=300, generator=seeded()
 )

@@ -42,7 +42,7 @@ from mar_mini.planner import memory as planning
 from mar_mini.planner import work as costs
 from mar_mini.planner.rates import measure_rates
 from mar_mini.run import hub
-from mar_mini.run.sources import open_images
+from mar_mini.run.images import open_images
 from mar_mini.run.train import train_pipeline
 from mar_mini.training import train_mar
 from mar_mini.viz import figures as fig

@@ -20,7 +20,7 @@ from distributed_worker import IDENTITY, Posteriors, losses, start
 from mar_mini import configs, load_pretrained
 from mar_mini.data import InMemory, fetch
 from mar_mini.run.distributed import join, own_device
-from mar_mini.run.sources import open_images
+from mar_mini.run.images import open_images
 from mar_mini.run.state import Checkpoints
 from mar_mini.run.train import MASKED, recorded, train_latents, train_pipeline
 from mar_mini.training import Training, step_seed
