@@ -41,7 +41,7 @@ def command(name: str):
             hints[parameter.name] = tyro.conf.Positional[hints[parameter.name]]
         elif is_dataclass(hints[parameter.name]):
             hints[parameter.name] = tyro.conf.OmitArgPrefixes[hints[parameter.name]]
-    function.__annotations__ = hints
+    inspect.unwrap(function).__annotations__ = hints
     return function
 
 

@@ -4,6 +4,7 @@ mar-mini train --config digits
 torchrun --nproc-per-node=8 -m mar_mini train --config mar_base --latents LATENTS --out OUT
 """
 
+import math
 import shlex
 import subprocess
 import sys
@@ -24,17 +25,18 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from mar_mini.checkpoints import Pipeline, save_weights
-from mar_mini.configs import Config, TrainingConfig, for_batch_size, get_config
+from mar_mini.configs import Config, for_batch_size, get_config
 from mar_mini.data import Images, InMemory, normalise
 from mar_mini.fast.compiling import compile_model
 from mar_mini.files import write_atomically
 from mar_mini.mar import MAR
-from mar_mini.planner.memory import parameters, plan_run, training_memory
+from mar_mini.planner.fit import fit_training
+from mar_mini.planner.memory import parameters
 from mar_mini.run.distributed import gather, join, own_device
 from mar_mini.run.latents import LatentShards
 from mar_mini.run.sources import ImageSet, open_images
 from mar_mini.run.state import Checkpoints, History, Interrupted, resumable
-from mar_mini.training import Step, Terms, Training, mar_terms, multiplies_bf16, vae_terms
+from mar_mini.training import Step, Terms, Training, mar_terms, vae_terms
 from mar_mini.vae import AutoencoderKL, latent_scale
 
 AUTOENCODER, MASKED = "autoencoder", "masked autoregressive model"
@@ -81,9 +83,10 @@ class TrainingRun(Iterator[Progress]):
     until: float | None = None
 
     def __post_init__(self):
+        self.pipeline, self.vae, encoded = None, None, not isinstance(self.images, ImageSet)
+        check_preset(self.config, encoded)
         check_images(self.config, self.images)
-        self.pipeline = self.vae = None
-        if not isinstance(self.images, ImageSet):
+        if encoded:
             self.vae, vae_config = self.images.autoencoder()
             self.config = replace(self.config, vae=vae_config, vae_training=None)
         self.stages = self.take_stages()
@@ -181,30 +184,23 @@ def check_preset(config: Config, encoded: bool) -> None:
     if config.mar is None:
         raise ValueError(f"preset {config.name!r} has no MAR to train; choose one that has")
     if config.vae and not config.vae_training and not encoded:
-        raise ValueError(
-            f"preset {config.name!r} does not say how to train its autoencoder; encode pictures "
-            "with `mar-mini latents` and give --latents"
-        )
+        how = "encode pictures with `mar-mini latents` and give --latents"
+        raise ValueError(f"preset {config.name!r} has no recipe for its autoencoder; {how}")
 
 
 def check_images(config: Config, images: ImageSet | Images) -> None:
     """Raises ValueError if the images or latents do not fit the preset."""
-    encoded, mar = not isinstance(images, ImageSet), config.mar
-    check_preset(config, encoded)
-    shape = (mar.vae_embed_dim, *2 * (mar.img_size // mar.vae_stride,))
-    if not encoded:
-        shape = (config.vae.in_channels if config.vae else shape[0], mar.img_size, mar.img_size)
-    got = tuple(images.shape if encoded else images.images.shape[1:])
-    if got != shape:
-        raise ValueError(
-            f"{'latents' if encoded else 'images'} are {got}; preset {config.name!r} is made for "
-            f"{mar.img_size}x{mar.img_size} pixels, here {shape}; resize or crop pictures"
-            f"{', and encode them by its autoencoder' if encoded else ''}"
-        )
+    mar, made_for = config.mar, f"preset {config.name!r} is made for"
+    size, side = f"{mar.img_size}x{mar.img_size} pixels", mar.img_size // mar.vae_stride
+    if not isinstance(images, ImageSet):
+        if images.shape != (latent := (mar.vae_embed_dim, side, side)):
+            how = f"encode pictures of {size} by its autoencoder"
+            raise ValueError(f"latents are {images.shape}; {made_for} {latent}; {how}")
+    elif images.images.shape[2:] != (mar.img_size, mar.img_size):
+        got = tuple(images.images.shape)
+        raise ValueError(f"images are {got}; {made_for} {size}, so resize or crop them")
     if len(images.classes) != mar.class_num:
-        raise ValueError(
-            f"{len(images.classes)} classes, but preset {config.name!r} is made for {mar.class_num}"
-        )
+        raise ValueError(f"{len(images.classes)} classes, but {made_for} {mar.class_num}")
 
 
 @torch.no_grad()
@@ -262,28 +258,33 @@ def train(what: Literal["mar", "vae"] = "mar", *, options: TrainOptions = TrainO
     minutes = options.part_minutes
     until = None if minutes is None else time.monotonic() + 60 * minutes
     config, device = configured(what, options), own_device(options.device)
+    if options.tensorboard and not find_spec("tensorboard"):
+        raise ValueError("TensorBoard is not installed; run: pip install tensorboard")
     out = Path(options.out or Path("build") / config.name)
     with join(options.strategy, device) as kind:
         rank = dist.get_rank() if dist.is_initialized() else 0
+        # GPU memory that is free; a CPU is not planned for unless it is asked for
+        memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+        memory = memory if options.memory_gb is None else 1e9 * options.memory_gb
+        known = gather(lambda rank, size: memory)
         if what == "mar":
-            config = planned(config, options, device)
+            config = fit_training(
+                config,
+                min(known),
+                device,
+                processes=len(known),
+                sharded=options.strategy == "fsdp",
+                accumulate=options.accumulate,
+                checkpointing=options.checkpoint_activations,
+            )
         if options.latents is not None:
-            images, checksum = LatentShards(options.latents), "data_crc32"
+            images, source, checksum = LatentShards(options.latents), options.latents, "data_crc32"
         else:
             source, checksum = options.data or config.data, "data_md5"
             images = open_images(source, "train", config.mar.img_size)
-        run = TrainingRun(
-            config,
-            images,
-            seed=options.seed,
-            device=device,
-            folder=out / "state",
-            what=what,
-            kind=kind,
-            compiled=options.compile,
-            save_every=60 * options.save_minutes,
-            until=until,
-        )
+        how = {"seed": options.seed, "compiled": options.compile, "what": what, "kind": kind}
+        how |= {"save_every": 60 * options.save_minutes, "until": until, "folder": out / "state"}
+        run = TrainingRun(config, images, device=device, **how)
         small = options.samples and parameters(config) <= SMALL
         keep = kind is Training and (small or options.moments)  # else others would wait for it
         try:
@@ -299,8 +300,7 @@ def train(what: Literal["mar", "vae"] = "mar", *, options: TrainOptions = TrainO
         print(f"saved in {out}: vae.safetensors; next: mar-mini train mar --config {config.name}")
     elif rank == 0:
         command = shlex.join(["mar-mini", *sys.argv[1:]])
-        source = str(options.latents or options.data or config.data)
-        run.pipeline.card |= {"data": source, checksum: images.checksum, "command": command}
+        run.pipeline.card |= {"data": str(source), checksum: images.checksum, "command": command}
         run.pipeline.save(out, run.config)
         if options.samples:
             from mar_mini.viz.figures import image_grid, save_figure
@@ -322,63 +322,20 @@ def configured(what: str, options: TrainOptions) -> Config:
         raise ValueError(f"preset {config.name!r} has no autoencoder; its tokens are pixels")
     if encoded and options.batch_size is not None:
         config = replace(config, training=for_batch_size(config.training, options.batch_size))
-
-    def change(training: TrainingConfig, steps, seconds, **settings) -> TrainingConfig:
-        settings = {name: value for name, value in settings.items() if value is not None}
+    names = ("batch_size", "learning_rate", "precision", "accumulate")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    own, minutes = f"{'vae_' * (what == 'vae')}training", options.max_minutes
+    own_seconds = options.max_seconds if minutes is None else 60 * minutes
+    vae_seconds = options.vae_minutes and 60 * options.vae_minutes
+    for stage, steps, seconds, changes in (
+        ("vae_training", options.vae_steps, vae_seconds, {}),
+        (own, options.max_steps, own_seconds, given),
+    ):
         if steps is not None or seconds is not None:
-            settings |= {"max_steps": steps, "max_seconds": seconds}
-        return replace(training, **settings)
-
-    if config.vae_training:
-        seconds = options.vae_minutes and 60 * options.vae_minutes
-        training = change(config.vae_training, options.vae_steps, seconds)
-        config = replace(config, vae_training=training)
-    stage, minutes = "vae_training" if what == "vae" else "training", options.max_minutes
-    training = change(
-        getattr(config, stage),
-        options.max_steps,
-        options.max_seconds if minutes is None else 60 * minutes,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        precision=options.precision,
-        accumulate=options.accumulate,
-    )
-    return replace(config, **{stage: training})
-
-
-def planned(config: Config, options: TrainOptions, device: torch.device) -> Config:
-    """The preset with its step cut into the fewest micro batches that fit into each device.
-
-    Where memory is not known, as on a CPU, it is cut as the options say. Raises ValueError, with
-    what would fit, if what they say does not.
-    """
-    training, memory, asked = config.training, options.memory_gb, options.accumulate
-    if memory is None and device.type == "cuda":
-        memory = torch.cuda.mem_get_info(device)[0] / 1e9
-    known = gather(lambda rank, size: memory)
-    if None in known:
-        mar = replace(config.mar, grad_checkpointing=options.checkpoint_activations)
-        return replace(config, mar=mar)
-    short = training.precision == "bf16" or (
-        training.precision == "auto" and multiplies_bf16(device)
-    )
-    size, gpu, fitting = 2 if short else 4, device.type == "cuda", []
-    count = parameters(config) // (len(known) if options.strategy == "fsdp" else 1)
-    for checkpointing in (False, True):
-        mar = replace(config.mar, grad_checkpointing=checkpointing)
-        image = sum(training_memory(mar, 16, count=0, size=size, gpu=gpu).values()) / 16
-        plan = (count, image, 0.9 * min(known), training.batch_size, len(known), size)
-        fewest = plan_run(*plan)[1]  # 0: not even one image at a time fits
-        if fewest and checkpointing >= options.checkpoint_activations:
-            fitting.append(f"--accumulate {fewest}" + " --checkpoint-activations" * checkpointing)
-            if asked is None or asked >= fewest:
-                training = replace(training, accumulate=asked or fewest)
-                return replace(config, mar=mar, training=training)
-    raise ValueError(
-        f"a step of {config.name!r} does not fit into {min(known):.1f} GB, a tenth of them free; "
-        "what would fit: "
-        f"{' or '.join(fitting) or 'a smaller preset, or more processes with --strategy fsdp'}"
-    )
+            changes |= {"max_steps": steps, "max_seconds": seconds}
+        if training := getattr(config, stage):
+            config = replace(config, **{stage: replace(training, **changes)})
+    return config
 
 
 def watch(
@@ -395,36 +352,39 @@ def watch(
     """
     from tqdm import tqdm
 
-    stage, writer = None, summary_writer(folder) if tensorboard else None
-    bar = tqdm(
-        disable=None,
-        unit="step",
-        bar_format="{percentage:3.0f}%|{bar}| {postfix}, {remaining} left",
-    )
+    stage = writer = None
+    if tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(folder / "tensorboard")
+    bar = tqdm(disable=None, bar_format="{percentage:3.0f}%|{bar}| {postfix}, {remaining} left")
     for progress in run:
-        step = progress.step
+        step, terms = progress.step, progress.step.terms
         if progress.stage != stage:
             stage = progress.stage
             history = History(folder / f"history_{stage.split()[0]}.json")
-            bar.write(f"training the {stage} from step {step.step}")
-            bar.reset()
-        before = history.rows[-1]["progress"] if history.rows else 0.0
-        terms = ", ".join(f"{name} {value:.4f}" for name, value in step.terms.items())
-        line = f"step {step.step}, {step.images_seen / step.seconds:.0f} images/s, {terms}"
+            batch, parts = run.training.config.batch_size, run.training.config.accumulate
+            bar.write(
+                f"training the {stage} from step {step.step}; batch size {batch} = "
+                f"{run.training.world_size} processes x {parts} micro batches"
+            )
+        line = ", ".join(f"{name} {value:.4f}" for name, value in terms.items())
+        line = f"step {step.step}, {step.images_seen / step.seconds:.0f} images/s, {line}"
         bar.total = round(step.step / step.progress)
         bar.set_postfix_str(line, refresh=False)
         bar.update(step.step - bar.n)
         if writer is not None:
-            for name, value in (*step.terms.items(), ("learning rate", step.learning_rate)):
+            for name, value in (*terms.items(), ("learning rate", step.learning_rate)):
                 writer.add_scalar(f"{stage}/{name}", value, step.step)
+        before = history.rows[-1]["progress"] if history.rows else 0.0
         if history.add(step):
             history.save()
             if bar.disable:
                 print(f"{step.progress:4.0%}, {line}", flush=True)
+            if int(10 * before) < int(10 * step.progress) and find_spec("matplotlib"):
+                draw(history, terms)
             if stage == MASKED and any(before < m <= step.progress for m in moments):
                 keep_moment(progress, folder)
-            if int(10 * before) < int(10 * step.progress) and find_spec("matplotlib"):
-                draw(history, step.terms)
         if stage == AUTOENCODER and step.progress == 1.0:
             save_weights(step.ema, folder / "vae.safetensors", torch.bfloat16)
     bar.close()
@@ -457,12 +417,3 @@ def keep_moment(progress: Progress, folder: Path) -> None:
             (folder / part).mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "grids" / f"{name}.png", partial(picture.save, format="png"))
         save_weights(model, folder / "moments" / f"{name}.safetensors", torch.bfloat16)
-
-
-def summary_writer(folder: Path):
-    """TensorBoard's. Raises ValueError if it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError("TensorBoard is not installed; run: pip install tensorboard") from error
-    return SummaryWriter(folder / "tensorboard")
