@@ -21,14 +21,16 @@ COMMANDS = {  # name: (where it lives, what it does)
     "test": ("course.chapters:test", "style checks, notebooks and tests"),
     "train": ("run.train:train", "train a preset, on one process or under torchrun"),
     "sample": ("run.generate:sample", "sample a few images"),
-    "data": ("run.sources:data", "fetch a data set once"),
+    "data": ("run.images:data", "fetch a data set once"),
     "doctor": ("course.doctor:doctor", "what this machine has, which files are whole"),
     "evaluate": ("judge.statistics:evaluate", "judge samples against real images"),
     "convert": ("run.hub:convert", "published weights to a folder"),
     "info": ("planner.report:info", "what a preset takes"),
-    "latents": ("run.encoding:latents", "encode pictures once"),
+    "latents": ("run.latents:latents", "encode pictures once"),
     "generate": ("run.generate:generate", "many images, to be judged"),
 }
+
+FLAT = (tyro.conf.OmitArgPrefixes,)  # --cfg, not --settings.cfg
 
 
 def command(name: str):
@@ -53,7 +55,7 @@ def main() -> None:
         print("\n".join(f"  {known:<10} {does}" for known, (_, does) in COMMANDS.items()))
         sys.exit(0 if name in ("-h", "--help") else f"\nmar-mini: no command {name!r}")
     try:
-        status = tyro.cli(command(name), prog=f"mar-mini {name}", args=arguments)
+        status = tyro.cli(command(name), prog=f"mar-mini {name}", args=arguments, config=FLAT)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         sys.exit(f"mar-mini: {error}")
     except KeyboardInterrupt as interruption:

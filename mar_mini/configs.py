@@ -3,8 +3,13 @@
 from dataclasses import dataclass, replace
 
 
+def from_json(kind: type, values: dict):
+    """A configuration (dataclass) from its JSON, which has lists in place of tuples."""
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
 def choose(kind: str, name: str, known: dict):
-    """The entry of that name. Raises ValueError that lists the names which exist."""
+    """Look a name up. Raises ValueError that lists the names which exist."""
     if name not in known:
         raise ValueError(f"unknown {kind} {name!r}; expected one of: {', '.join(known)}")
     return known[name]
@@ -12,7 +17,20 @@ def choose(kind: str, name: str, known: dict):
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Arguments of `AutoencoderKL`."""
+    """Settings of `AutoencoderKL`; the defaults are the published KL-16.
+
+    ch                width of the first level; level i has ch * ch_mult[i] channels
+    ch_mult           one factor a level; each level but the last halves the resolution
+    num_res_blocks    residual blocks a level in the encoder (the decoder has one more)
+    attn_resolutions  resolutions at which the encoder's levels have attention
+    resolution        side of the training images, in pixels (only decides where attention goes)
+    z_channels        channels of the latent
+    in_channels       channels of the image
+    num_groups        groups of every GroupNorm
+    linear_path       a linear map of patches beside encoder and decoder, which then learn what it
+                      lacks: many times quicker to train, and not in the published model (compare
+                      the shortcuts of Chen et al. 2024, "Deep compression autoencoder")
+    """
 
     ch: int = 128
     ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
@@ -27,7 +45,22 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class MARConfig:
-    """Arguments of `MAR`."""
+    """Settings of `MAR`.
+
+    img_size, vae_stride, patch_size  pixels of a side, pixels a latent, latents a token; with
+                                      vae_stride 1 tokens are patches of pixels
+    vae_embed_dim                     channels of the latents (or of the image)
+    class_num                         number of classes
+    encoder_*, decoder_*, mlp_ratio   width, depth and heads of the two halves of the transformer
+    buffer_size                       extra tokens in front that carry the class
+    mask_ratio_min                    smallest share of tokens hidden in training
+    label_drop_prob                   share of labels dropped in training, for guidance
+    attn_dropout, proj_dropout        dropout inside the blocks
+    diffloss_d, diffloss_w            depth and width of the head
+    num_sampling_steps                default number of diffusion steps while sampling
+    diffusion_batch_mul               noise levels drawn for each token in a training step
+    grad_checkpointing                recompute activations in the backward pass: less memory
+    """
 
     img_size: int = 256
     vae_stride: int = 16
@@ -61,14 +94,12 @@ class TrainingConfig:
     warmup                  share of the budget in which the learning rate rises from 0
     decay                   "cosine" down to 0 at the end of the budget, or "constant"
     ema_decay               largest decay of the weight average
-    ema_window              the average reaches back over about this share of the steps so far, so
-                            that a short run is not averaged with its beginning
+    ema_window              share of the steps so far over which the average reaches back, so that
+                            a short run is not averaged with its beginning
     grad_clip               largest norm of the gradient
     flip                    mirror half of the images
     precision               "auto" (bfloat16 where the hardware multiplies it), "float32", "bf16"
     kl_weight               of the VAE's KL term, per latent value
-    compile                 compile the model first: a minute of warm-up, results the same up to
-                            rounding
     accumulate              micro batches in which a step's batch is computed one after the other:
                             less memory, the same result up to rounding
     """
@@ -86,47 +117,7 @@ class TrainingConfig:
     flip: bool = False
     precision: str = "auto"
     kl_weight: float = 1e-4
-    compile: bool = False
     accumulate: int = 1
-
-
-def scaled_recipe(
-    micro_batch: int,
-    accumulate: int,
-    processes: int,
-    *,
-    images: int,
-    epochs: float,
-    blr: float = 1e-4,
-) -> tuple[int, float, int]:
-    """Effective batch, learning rate and steps of a training (MAR section 4).
-
-    micro_batch  images that a process computes at a time
-    accumulate   micro batches whose gradients a process adds up before each step
-    processes    whose gradients are averaged before each step
-    images       of the data set, each of which is seen `epochs` times; whole steps only
-    blr          base learning rate: that of 256 images, to which the rate is in proportion
-    """
-    batch = micro_batch * accumulate * processes
-    return batch, blr * batch / 256, int(epochs * images) // batch
-
-
-def for_batch_size(training: TrainingConfig, batch_size: int) -> TrainingConfig:
-    """The same recipe for another batch: as many images seen, the learning rate in proportion.
-
-    The published one is blr * batch size / 256 with blr = 1e-4 (MAR section 4). Raises ValueError
-    for a batch size below 1.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
-    factor = batch_size / training.batch_size
-    steps = training.max_steps and max(1, round(training.max_steps / factor))
-    return replace(
-        training,
-        batch_size=batch_size,
-        learning_rate=training.learning_rate * factor,
-        max_steps=steps,
-    )
 
 
 @dataclass(frozen=True)
@@ -154,170 +145,115 @@ class Config:
     vae_training: TrainingConfig | None = None
 
 
-def transformer(width: int, depth: int, heads: int, **arguments) -> MARConfig:
-    """A MAR whose encoder and decoder are alike."""
-    return MARConfig(
-        encoder_embed_dim=width,
-        encoder_depth=depth,
-        encoder_num_heads=heads,
-        decoder_embed_dim=width,
-        decoder_depth=depth,
-        decoder_num_heads=heads,
-        **arguments,
-    )
+# fmt: off
+def scaled_recipe(
+    micro_batch: int, accumulate: int, processes: int, *, images: int, epochs: float,
+    blr: float = 1e-4,
+) -> tuple[int, float, int]:
+    """Effective batch, learning rate and steps of a training (MAR section 4).
+
+    micro_batch  images that a process computes at a time
+    accumulate   micro batches whose gradients a process adds up before each step
+    processes    whose gradients are averaged before each step
+    images       of the data set, each of which is seen `epochs` times; whole steps only
+    blr          base learning rate: that of 256 images, to which the rate is in proportion
+    """
+    batch = micro_batch * accumulate * processes
+    return batch, blr * batch / 256, int(epochs * images) // batch
+
+
+def for_batch_size(training: TrainingConfig, batch_size: int) -> TrainingConfig:
+    """Fit a recipe to another batch: as many images seen, the learning rate in proportion.
+
+    Source: MAR section 4, blr * batch size / 256. Raises ValueError for a batch size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
+    factor = batch_size / training.batch_size
+    steps = training.max_steps and max(1, round(training.max_steps / factor))
+    rate = training.learning_rate * factor
+    return replace(training, batch_size=batch_size, learning_rate=rate, max_steps=steps)
+
+
+def transformer(width: int, depth: int, heads: int, **settings) -> MARConfig:
+    """A MAR whose encoder and decoder are alike, unless the settings say otherwise."""
+    sizes = {"embed_dim": width, "depth": depth, "num_heads": heads}
+    both = {f"{half}_{k}": v for half in ("encoder", "decoder") for k, v in sizes.items()}
+    return MARConfig(**{**both, **settings})
 
 
 def published(name: str, mar: MARConfig | None, cfg: float = 1.0) -> Config:
     """A full-size preset: ImageNet at 256x256 in the latents of KL-16, the paper's recipe."""
     batch, rate, steps = scaled_recipe(64, 1, 32, images=1_281_167, epochs=400)  # on 32 GPUs
     training = TrainingConfig(
-        batch_size=batch,
-        learning_rate=rate,
-        max_steps=steps,
-        warmup=0.25,
-        decay="constant",
-        ema_window=1.0,
-        flip=True,
+        batch_size=batch, learning_rate=rate, max_steps=steps, warmup=0.25, decay="constant",
+        ema_window=1.0, flip=True,
     )
-    sampling = SamplingConfig(num_iter=256, cfg=cfg)
-    return Config(name, "imagenet", VAEConfig(), mar, training, sampling)
+    return Config(name, "imagenet", VAEConfig(), mar, training, SamplingConfig(256, cfg=cfg))
 
 
-SMALL = {"attn_dropout": 0.0, "proj_dropout": 0.0}
+NO_DROPOUT = {"attn_dropout": 0.0, "proj_dropout": 0.0}
 SMALL_VAE = VAEConfig(
-    ch=32,
-    ch_mult=(1, 2, 2),
-    num_res_blocks=1,
-    attn_resolutions=(),
-    resolution=32,
-    z_channels=16,
-    num_groups=8,
-    linear_path=True,
+    ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(), resolution=32, z_channels=16,
+    num_groups=8, linear_path=True,
 )
 
 
 def small(name: str, data: str, vae: VAEConfig | None, **tokens) -> Config:
     """Colour images for two cores or one GPU: one model, and several ways to make tokens for it."""
-    in_pixels = {"vae_stride": 1, "vae_embed_dim": 3}
-    in_latents = {"vae_stride": 4, "vae_embed_dim": 16}
-    return Config(
-        name=name,
-        data=data,
-        vae=vae,
-        mar=replace(
-            transformer(
-                128,
-                4,
-                4,
-                class_num=10,
-                buffer_size=8,
-                diffloss_d=3,
-                diffloss_w=192,
-                num_sampling_steps=50,
-                **(in_latents if vae else in_pixels),
-                **tokens,
-                **SMALL,
-            ),
-            encoder_depth=2,
-        ),
-        training=TrainingConfig(
-            batch_size=32, learning_rate=2e-3, warmup=0.03, max_seconds=90 * 60, flip=True
-        ),
-        vae_training=vae
-        and TrainingConfig(
-            batch_size=16,
-            learning_rate=5e-4,
-            max_seconds=5 * 60,
-            weight_decay=0.0,
-            grad_clip=1.0,
-            flip=True,
-        ),
-        # the bound on x0 is that of pixels, or measured on the latents when they are there
-        sampling=SamplingConfig(
-            num_iter=16,
-            num_sampling_steps=50,
-            cfg=4.5,
-            cfg_schedule="constant",
-            temperature=0.95,
-            clip=None if vae else 1.0,
-        ),
+    stride, channels = (4, 16) if vae else (1, 3)
+    mar = transformer(
+        128, 4, 4, encoder_depth=2, vae_stride=stride, vae_embed_dim=channels, class_num=10,
+        buffer_size=8, diffloss_d=3, diffloss_w=192, num_sampling_steps=50, **tokens, **NO_DROPOUT,
     )
+    training = TrainingConfig(
+        batch_size=32, learning_rate=2e-3, warmup=0.03, max_seconds=90 * 60, flip=True
+    )
+    vae_training = TrainingConfig(
+        batch_size=16, learning_rate=5e-4, max_seconds=5 * 60, weight_decay=0.0, grad_clip=1.0,
+        flip=True,
+    )
+    sampling = SamplingConfig(  # the bound on x0 is that of pixels, or measured on the latents
+        num_iter=16, num_sampling_steps=50, cfg=4.5, cfg_schedule="constant", temperature=0.95,
+        clip=None if vae else 1.0,
+    )
+    return Config(name, data, vae, mar, training, sampling, vae_training if vae else None)
 
 
 PRESETS = {
     config.name: config
     for config in (
-        Config(
-            name="digits",
-            data="digits",
-            vae=None,
-            # so small that it learns in a minute: what counts in so short a run is how many steps
-            # it makes
-            mar=replace(
-                transformer(
-                    64,
-                    2,
-                    4,
-                    img_size=16,
-                    vae_stride=1,
-                    patch_size=4,
-                    vae_embed_dim=1,
-                    class_num=10,
-                    buffer_size=2,
-                    diffloss_d=3,
-                    diffloss_w=64,
-                    num_sampling_steps=25,
-                    diffusion_batch_mul=2,
-                    **SMALL,
-                ),
-                encoder_depth=1,
+        Config(  # so small that it learns in a minute: what counts then is how many steps it makes
+            "digits", "digits", None,
+            transformer(
+                64, 2, 4, encoder_depth=1, img_size=16, vae_stride=1, patch_size=4, vae_embed_dim=1,
+                class_num=10, buffer_size=2, diffloss_d=3, diffloss_w=64, num_sampling_steps=25,
+                diffusion_batch_mul=2, **NO_DROPOUT,
             ),
-            training=TrainingConfig(batch_size=48, learning_rate=3e-3, warmup=0.1, max_seconds=75),
-            sampling=SamplingConfig(
-                num_iter=16, num_sampling_steps=25, cfg=3.0, temperature=0.9, clip=1.0
-            ),
+            TrainingConfig(batch_size=48, learning_rate=3e-3, warmup=0.1, max_seconds=75),
+            SamplingConfig(16, num_sampling_steps=25, cfg=3.0, temperature=0.9, clip=1.0),
         ),
         # 16 tokens of 2x2 latents (64 numbers), fewer of them masked, so that there is something
         # to predict from; or 64 tokens of one latent (16 numbers) or of 4x4 pixels (48)
-        small(
-            "cifar10",
-            "cifar10_mini",
-            SMALL_VAE,
-            img_size=32,
-            patch_size=2,
-            mask_ratio_min=0.3,
-            diffusion_batch_mul=2,
-        ),
-        small(
-            "cifar10_latents",
-            "cifar10_mini",
-            SMALL_VAE,
-            img_size=32,
-            patch_size=1,
-            diffusion_batch_mul=1,
-        ),
-        small(
-            "cifar10_pixels", "cifar10_mini", None, img_size=32, patch_size=4, diffusion_batch_mul=1
-        ),
-        small(
-            "imagenette64",
-            "imagenette64",
-            replace(SMALL_VAE, resolution=64),
-            img_size=64,
-            patch_size=2,
-            diffusion_batch_mul=1,
-        ),
+        small("cifar10", "cifar10_mini", SMALL_VAE, img_size=32, patch_size=2, mask_ratio_min=0.3,
+              diffusion_batch_mul=2),
+        small("cifar10_latents", "cifar10_mini", SMALL_VAE, img_size=32, patch_size=1,
+              diffusion_batch_mul=1),
+        small("cifar10_pixels", "cifar10_mini", None, img_size=32, patch_size=4,
+              diffusion_batch_mul=1),
+        small("imagenette64", "imagenette64", replace(SMALL_VAE, resolution=64), img_size=64,
+              patch_size=2, diffusion_batch_mul=1),
         published("mar_base", transformer(768, 12, 12, diffloss_d=6, diffloss_w=1024), cfg=2.9),
         published("mar_large", transformer(1024, 16, 16, diffloss_d=8, diffloss_w=1280), cfg=3.0),
         published("mar_huge", transformer(1280, 20, 16, diffloss_d=12, diffloss_w=1536), cfg=3.2),
-        published(
-            "mar_large_12x1536", transformer(1024, 16, 16, diffloss_d=12, diffloss_w=1536), cfg=3.0
-        ),
+        published("mar_large_12x1536", transformer(1024, 16, 16, diffloss_d=12, diffloss_w=1536),
+                  cfg=3.0),
         published("kl16", None),
     )
 }
+# fmt: on
 
 
 def get_config(name: str) -> Config:
-    """The preset of that name. Raises ValueError that lists the presets which exist."""
+    """Look a preset up by its name. Raises ValueError that lists the presets which exist."""
     return choose("preset", name, PRESETS)

@@ -10,18 +10,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mar_mini.configs import choose
-from mar_mini.diffusion import NUM_TIMESTEPS, Diffusion
-from mar_mini.solvers import FIRST_TIMESTEP, SOLVERS
+from mar_mini.diffusion import DETERMINISTIC_START, NUM_TIMESTEPS, SOLVERS, Diffusion, Solver, ddpm
 from mar_mini.transformer import LAYER_NORM_EPS
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def draw_noise(n: int, channels: int, generator: Generators, like: Tensor) -> Tensor:
-    """Standard normal noise (n, C) of the dtype and on the device of `like`.
+    """Draw standard normal noise (n, C) of the dtype and on the device of `like`.
 
-    generator  one torch.Generator draws all rows at once; from a list of G of them each draws its
-               own n / G rows, so that they depend on no other. Noise is drawn on its device
+    From a list of G generators each draws its own n / G rows, so that they depend on no other.
     """
     if isinstance(generator, Sequence):
         rows = n // len(generator)
@@ -89,34 +87,18 @@ class FinalLayer(nn.Module):
 
 
 class SimpleMLPAdaLN(nn.Module):
-    """The denoising MLP: noisy token, timestep and z in; predicted noise and variance out.
-
-    in_channels      C, values of a token
-    model_channels   W, width of the MLP
-    out_channels     2C: noise, then the variance's v
-    z_channels       D, width of z
-    num_res_blocks   depth
-    block            what to build the blocks from: anything called like `ResBlock`
-    """
+    """The denoising MLP: noisy token, timestep and z in; predicted noise and variance out."""
 
     def __init__(
-        self,
-        in_channels: int,
-        model_channels: int,
-        out_channels: int,
-        z_channels: int,
-        num_res_blocks: int,
-        grad_checkpointing: bool = False,
-        *,
-        block: Callable[[int], nn.Module] = ResBlock,
+        self, channels, width, z_channels, depth, grad_checkpointing=False, block=ResBlock
     ):
         super().__init__()
         self.grad_checkpointing = grad_checkpointing
-        self.time_embed = TimestepEmbedder(model_channels)
-        self.cond_embed = nn.Linear(z_channels, model_channels)
-        self.input_proj = nn.Linear(in_channels, model_channels)
-        self.res_blocks = nn.ModuleList(block(model_channels) for _ in range(num_res_blocks))
-        self.final_layer = FinalLayer(model_channels, out_channels)
+        self.time_embed = TimestepEmbedder(width)
+        self.cond_embed = nn.Linear(z_channels, width)
+        self.input_proj = nn.Linear(channels, width)
+        self.res_blocks = nn.ModuleList(block(width) for _ in range(depth))
+        self.final_layer = FinalLayer(width, 2 * channels)  # noise, then the variance's v
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -134,10 +116,9 @@ class SimpleMLPAdaLN(nn.Module):
     def forward(
         self, x: Float[Tensor, "R C"], t: Int[Tensor, " R"], z: Float[Tensor, "N D"]
     ) -> Float[Tensor, "R C2"]:
-        """Predicted noise and v for noisy tokens x at the original timesteps t, given z.
+        """Predict noise and v for noisy tokens x at the original timesteps t, given z.
 
-        R is a multiple of N: noise levels of the same tokens one after the other, and the
-        condition is embedded once for all of them.
+        R is a multiple of N: noise levels of the same tokens one after the other.
         """
         condition = self.cond_embed(z)  # (N, W)
         y = self.time_embed(t).unflatten(0, (-1, len(z))) + condition  # (R / N, N, W)
@@ -157,10 +138,9 @@ class SimpleMLPAdaLN(nn.Module):
 def as_steps(
     net: nn.Module, z: Float[Tensor, "N D"], timesteps: Int[Tensor, " T"]
 ) -> Callable[[Tensor, int], Tensor]:
-    """net(x, timesteps[i], z) as a function of (x, i); what no x changes is computed once for all.
+    """Turn net(x, timesteps[i], z) into a function of (x, i), which embeds t and z only once.
 
-    The conditions are the same at each step, and so is the timestep of all tokens. A network with
-    a `forward` of its own is called as it is.
+    A network with a `forward` of its own is called as it is.
     """
     if type(net).forward is not SimpleMLPAdaLN.forward:
         return lambda x, i: net(x, timesteps[i].expand(len(x)), z)
@@ -180,43 +160,34 @@ def guide(output: Float[Tensor, "M C2"], cfg: float) -> Float[Tensor, "N C2"]:
     return torch.cat([noise_u + cfg * (noise_c - noise_u), v], dim=1)
 
 
+def masked_rows(x: Tensor | None, mask: Tensor, repeat: int) -> Tensor | None:
+    """Of the rows of all tokens, repetition-major, those of the masked ones; None stays None."""
+    return x if x is None else x.unflatten(0, (repeat, -1))[:, mask.flatten()].flatten(0, 1)
+
+
 class Head(nn.Module):
     """What MAR expects of a head: p(token | z) to train and to sample from.
 
     A head of one's own subclasses this and writes `forward` and `sample`.
     """
 
-    def forward(
-        self, target, z, mask=None, *, repeat=1, t=None, noise=None, generator=None
-    ) -> Tensor:
-        """The loss, a scalar."""
+    def forward(self, target, z, mask=None, *, repeat=1, t=None, noise=None, generator=None):
+        """Compute the loss, a scalar; arguments as for `DiffLoss.terms`."""
         raise NotImplementedError
 
     def terms(self, target, z, mask=None, **given) -> dict[str, Tensor]:
-        """The loss and what it is made of, by name, scalars."""
+        """Compute the loss and what it is made of, by name, scalars."""
         return {"loss": self(target, z, mask, **given)}
 
     def draw(self, n, generator, t=None, noise=None) -> tuple[Tensor | None, Tensor | None]:
-        """t and noise of n rows, where they are not given; None: `forward` draws, or needs none.
+        """Draw t and noise of n rows, where they are not given; None: `forward` draws.
 
-        A head that draws here can be trained by several processes, or in micro batches, and the
-        losses stay the same.
+        A head that draws here has the same losses in micro batches and on several processes.
         """
         return t, noise
 
-    def sample(
-        self,
-        z,
-        z_uncond=None,
-        *,
-        cfg=1.0,
-        temperature=1.0,
-        clip=None,
-        num_sampling_steps=None,
-        solver="ddpm",
-        generator=None,
-    ) -> Tensor:
-        """Tokens (N, C) drawn given z (N, D)."""
+    def sample(self, z, z_uncond=None, *, cfg=1.0, **settings) -> Tensor:
+        """Draw tokens (N, C) given z (N, D); arguments as for `DiffLoss.sample`."""
         raise NotImplementedError
 
 
@@ -242,34 +213,15 @@ class DiffLoss(Head):
         block: Callable[[int], nn.Module] = ResBlock,
     ):
         super().__init__()
-        self.target_channels = target_channels
-        self.num_sampling_steps = num_sampling_steps
-        self.net = SimpleMLPAdaLN(
-            target_channels,
-            width,
-            2 * target_channels,
-            z_channels,
-            depth,
-            grad_checkpointing,
-            block=block,
-        )
+        self.target_channels, self.num_sampling_steps = target_channels, num_sampling_steps
+        sizes = (target_channels, width, z_channels, depth)
+        self.net = SimpleMLPAdaLN(*sizes, grad_checkpointing, block)
         self.diffusion = Diffusion()
         Diffusion(num_sampling_steps)  # refuses an impossible number now, not when sampling
 
-    def forward(
-        self,
-        target: Float[Tensor, "N C"],
-        z: Float[Tensor, "N D"],
-        mask: Bool[Tensor, " N"] | None = None,
-        *,
-        repeat: int = 1,
-        t: Int[Tensor, " R"] | None = None,
-        noise: Float[Tensor, "R C"] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, ""]:
-        """Mean loss over the masked tokens (over all without a mask): `terms(...)["loss"]`."""
-        given = {"t": t, "noise": noise, "generator": generator}
-        return self.terms(target, z, mask, repeat=repeat, **given)["loss"]
+    def forward(self, target, z, mask=None, **given) -> Float[Tensor, ""]:
+        """Compute the mean loss over the masked tokens (over all without a mask); see `terms`."""
+        return self.terms(target, z, mask, **given)["loss"]
 
     def terms(
         self,
@@ -282,7 +234,7 @@ class DiffLoss(Head):
         noise: Float[Tensor, "R C"] | None = None,
         generator: torch.Generator | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
-        """The loss and its two parts, `mse` and `vb`, as means over the masked tokens.
+        """Compute the loss and its two parts, `mse` and `vb`, as means over the masked tokens.
 
         target  (N, C) clean tokens
         z       (N, D) conditions
@@ -293,33 +245,29 @@ class DiffLoss(Head):
         """
         if mask is not None:
             target, z = target[mask], z[mask]
-            t, noise = (
-                x if x is None else x.unflatten(0, (repeat, -1))[:, mask].flatten(0, 1)
-                for x in (t, noise)
-            )
-        given = {"t": t, "noise": noise, "generator": generator}
-        rows = self.rows(target, z, repeat=repeat, **given)
-        return {name: value.mean() for name, value in rows.items()}
+            t, noise = (masked_rows(x, mask, repeat) for x in (t, noise))
+        found = self.token_terms(target, z, repeat=repeat, t=t, noise=noise, generator=generator)
+        return {name: value.mean() for name, value in found.items()}
+
+    def token_terms(
+        self, target, z, *, repeat=1, t=None, noise=None, generator=None
+    ) -> dict[str, Float[Tensor, " R"]]:
+        """Compute the loss of each token and noise level and its two parts; see `terms`."""
+        target = target.repeat(repeat, 1)  # (R, C)
+        t, noise = self.draw(len(target), generator, t, noise)
+        t, noise = t.to(target.device), noise.to(target)
+        x_t = self.diffusion.q_sample(target, t, noise)  # (R, C)
+        output = self.net(x_t, t, z).to(target.dtype)  # (R, 2C)
+        return self.diffusion.loss(output, target, x_t, t, noise)
 
     def draw(self, n, generator, t=None, noise=None) -> tuple[Tensor, Tensor]:
-        """Timesteps (n,) int64 and noise (n, C), on the generator's device; see `Head.draw`."""
+        """Draw timesteps (n,) int64 and noise (n, C) on the generator's device; see `Head.draw`."""
         device = next(self.parameters()).device if generator is None else generator.device
         if t is None:
             t = torch.randint(NUM_TIMESTEPS, (n,), generator=generator, device=device)
         if noise is None:
             noise = torch.randn(n, self.target_channels, generator=generator, device=device)
         return t, noise
-
-    def rows(
-        self, target: Tensor, z: Tensor, *, repeat=1, t=None, noise=None, generator=None
-    ) -> dict[str, Float[Tensor, " R"]]:
-        """The loss of each token and noise level and its two parts; see `terms`."""
-        target = target.repeat(repeat, 1)  # (R, C)
-        t, noise = self.draw(len(target), generator, t, noise)
-        t, noise = t.to(target.device), noise.to(target)
-        x_t = self.diffusion.q_sample(target, t, noise)
-        output = self.net(x_t, t, z).to(target.dtype)
-        return self.diffusion.loss(output, target, x_t, t, noise)
 
     def sample(
         self,
@@ -330,25 +278,21 @@ class DiffLoss(Head):
         temperature: float = 1.0,
         clip: float | None = None,
         num_sampling_steps: int | None = None,
-        solver: str = "ddpm",
+        solver: str | Solver = "ddpm",
         generator: Generators = None,
     ) -> Float[Tensor, "N C"]:
         """Draw one token for each z by running the diffusion backwards (MAR section 3.2).
 
         z, z_uncond         (N, D) conditions with and without class; the second for guidance only
         cfg                 guidance weight; 1 = none
-        temperature         "ddpm": scale of the noise injected at each step, 0 = none but the
-                            initial one; the other two inject none: scale of the initial noise
+        temperature         scale of the noise that "ddpm" injects; of the initial noise for others
         clip                bound on |x0|, for models trained on a small budget (see `diffusion`)
         num_sampling_steps  2 to 1000; the constructor's by default
-        solver              "ddpm", or deterministic and in fewer steps "ddim", "dpm_solver"
+        solver              "ddpm", "ddim" or a function like them, such as `fast.dpm_solver`
         generator           one torch.Generator, or a list of G of them for N / G rows each. One
-                            draw for the initial state, one for each step but the last, none at
-                            temperature 0
-        returns             (N, C) float32 tokens
+                            draw for the initial state, one for each step but the last
         """
-        walk = choose("solver", solver, SOLVERS)
-        diffusion = Diffusion(num_sampling_steps or self.num_sampling_steps, FIRST_TIMESTEP[solver])
+        walk, diffusion = reverse_walk(solver, num_sampling_steps or self.num_sampling_steps)
         dtype = self.net.input_proj.weight.dtype
         both = z if z_uncond is None else torch.cat([z, z_uncond])  # (N or 2N, D)
         network = as_steps(self.net, both, diffusion.timestep_map.to(z.device))
@@ -362,3 +306,13 @@ class DiffLoss(Head):
             return draw_noise(len(z), self.target_channels, generator, z.new_empty(0).float())
 
         return walk(denoise, diffusion, draw, temperature, clip)
+
+
+def reverse_walk(solver: str | Solver, num_steps: int) -> tuple[Solver, Diffusion]:
+    """Find a solver by its name, and the timesteps that it walks on.
+
+    Raises ValueError for an unknown name or an impossible number of steps.
+    """
+    walk = solver if callable(solver) else choose("solver", solver, SOLVERS)
+    last = NUM_TIMESTEPS - 1 if walk is ddpm else DETERMINISTIC_START
+    return walk, Diffusion(num_steps, last)

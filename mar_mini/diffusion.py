@@ -7,13 +7,13 @@ formulas, not weights.
 The terminal step. A network predicts the noise, and x0 follows from it as
 `x0 = x_t / sqrt(alpha_bar) - sqrt(1 / alpha_bar - 1) * noise`. At t = 999 the cosine schedule has
 alpha_bar = 2.4e-9, so an error of the predicted noise enters x0 multiplied by 20,291 (by 34 at
-t = 980). A model trained for hundreds of epochs predicts the noise there almost exactly. A young
-one does not: one step later the state is far outside of anything seen in training, from where the
-network does not find back, and the samples are noise, or black. The cure is a bound on x0 (`clip`):
-a token of the training set never leaves a known range, so the predicted one may not either.
+t = 980). A young model's error there is large: one step later the state is far outside of anything
+seen in training, and the samples are noise, or black. The cure is a bound on x0 (`clip`): a token
+of the training set never leaves a known range, so the predicted one may not either.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 NUM_TIMESTEPS = 1000
+DETERMINISTIC_START = 980  # the timestep at which solvers that inject no noise begin
+
+Denoise = Callable[[Tensor, int], Tensor]  # (x (N, C), index of a timestep) -> output (N, 2C)
+Draw = Callable[[], Tensor]  # -> standard normal noise (N, C)
 
 
 def cosine_alpha_bars(num_timesteps: int = NUM_TIMESTEPS) -> Float[Tensor, " T"]:
@@ -201,3 +205,52 @@ def discretised_nll(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     lower = approximate_normal_cdf(inv_std * (centred - 1 / 255))
     probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
     return -probability.clamp(min=1e-12).log()
+
+
+# From noise to a token: each takes the network as `denoise(x, i)`, its output at the i-th of the
+# diffusion's timesteps, and walks from the last one to 0
+
+
+def ddpm(
+    denoise: Denoise, diffusion: Diffusion, draw: Draw, temperature: float, clip: float | None
+) -> Float[Tensor, "N C"]:
+    """Ancestral sampling: at each step a draw from p(x_{t-1} | x_t) (Ho et al. 2020, algorithm 2).
+
+    draw         called once for the initial state and once for each step but the last
+    temperature  scale of the noise injected at each step; nothing is drawn for it at 0
+    """
+    x = draw()  # (N, C)
+    for t in reversed(range(diffusion.num_steps)):
+        output = denoise(x, t)  # (N, 2C)
+        noise = draw() if t > 0 and temperature > 0 else None  # (N, C)
+        x = diffusion.p_sample(output, x, t, noise, temperature, clip)  # (N, C)
+    return x
+
+
+def ddim(
+    denoise: Denoise, diffusion: Diffusion, draw: Draw, temperature: float, clip: float | None
+) -> Float[Tensor, "N C"]:
+    """The deterministic path with straight steps (Song et al. 2021, DDIM, eq. 12 with sigma = 0).
+
+    It starts at t = 980 and not at 999, where a small error of the predicted noise would decide
+    the whole path.
+
+    temperature  scale of the initial noise, the only one there is
+    """
+    x = temperature * draw()  # (N, C)
+    for t in reversed(range(diffusion.num_steps)):
+        x0 = diffusion.p_mean_variance(denoise(x, t), x, t, clip).x0  # (N, C)
+        signal, noise, next_signal, next_noise = levels(diffusion, t)
+        x = next_signal * x0 + next_noise / noise * (x - signal * x0)  # (N, C)
+    return x
+
+
+def levels(diffusion: Diffusion, t: int) -> tuple[float, float, float, float]:
+    """Scale of signal and of noise at the t-th timestep, and after the step that follows."""
+    signal, noise = diffusion.sqrt_alpha_bars, diffusion.sqrt_one_minus_alpha_bars
+    after = (float(signal[t - 1]), float(noise[t - 1])) if t > 0 else (1.0, 0.0)
+    return float(signal[t]), float(noise[t]), *after
+
+
+Solver = Callable[[Denoise, Diffusion, Draw, float, float | None], Tensor]
+SOLVERS: dict[str, Solver] = {"ddpm": ddpm, "ddim": ddim}

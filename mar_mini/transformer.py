@@ -1,6 +1,5 @@
 """Attention, MLP and block of the transformer (Vaswani et al. 2017, pre-norm as in ViT)."""
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -11,53 +10,12 @@ from mar_mini.tokens import take
 LAYER_NORM_EPS = 1e-6
 
 
-def drop(x: Tensor, p: float) -> Tensor:
-    """Set a share p of the values to zero and scale up the rest (Srivastava et al. 2014).
-
-    x        any shape, float
-    returns  the same shape; p is rounded to a multiple of 1/65536
-
-    On a CPU the library draws one random number for each value, one after the other, which takes
-    a third of a training step. Here one number of 64 bits decides on four values.
-    """
-    dropped = round(p * 2**16)  # of 65536 equal cases
-    if x.device.type != "cpu" or not 0 < dropped < 2**16:
-        return F.dropout(x, p)
-    cases = (compiled_cases if torch.compiler.is_compiling() else random_cases)(x)
-    keep = (cases >= dropped - 2**15).view(torch.uint8).to(x.dtype)  # faster than from bool
-    return x * keep.mul_(2**16 / (2**16 - dropped))
-
-
-def random_cases(like: Tensor) -> Int[Tensor, "*B"]:
-    """Random int16 of that shape, all 65536 cases equally likely; torch's generator is the seed."""
-    seed = int(torch.randint(2**62, ()))
-    bits = np.random.SFC64(seed).random_raw(-(-like.numel() // 4))  # 64 of them each
-    return torch.from_numpy(bits.view(np.int16))[: like.numel()].view(like.shape)
-
-
-# `torch.compile` cannot look into it, and must not draw anew in the backward pass
-compiled_cases = torch.library.custom_op(
-    "mar_mini::random_cases",
-    lambda like: random_cases(like),
-    mutates_args=(),
-    schema="(Tensor like) -> Tensor",
-    tags=[torch.Tag.nondeterministic_seeded],
-)
-compiled_cases.register_fake(lambda like: torch.empty(like.shape, dtype=torch.int16))
-
-
-class Dropout(nn.Dropout):
-    """Dropout by `drop` in training, nothing else."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return drop(x, self.p) if self.training else x
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for each head, by the library's fused kernel.
+def attend(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout | None = None) -> Tensor:
+    """Compute softmax(q k^T / sqrt(d)) v for each head, by the library's fused kernel.
 
     q        (B, H, K, d) float
     k, v     (B, H, N, d) float
+    dropout  of the attention weights; none if None
     returns  (B, H, K, d)
 
     While training on a CPU the product is written out: there the fused kernel's backward pass is
@@ -65,8 +23,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
         weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)  # (B, H, K, N)
-        return drop(weights, dropout) @ v  # (B, H, K, d)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # (B, H, K, d)
+        return (weights if dropout is None else dropout(weights)) @ v  # (B, H, K, d)
+    p = dropout.p if dropout is not None and dropout.training else 0.0
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=p)  # (B, H, K, d)
 
 
 class Attention(nn.Module):
@@ -82,17 +41,16 @@ class Attention(nn.Module):
             )
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.attn_drop = Dropout(attn_dropout)
+        self.attn_drop = nn.Dropout(attn_dropout)
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = Dropout(proj_dropout)
+        self.proj_drop = nn.Dropout(proj_dropout)
 
     def forward(
         self, x: Float[Tensor, "B N D"], rows: Int[Tensor, "B K"] | None = None
     ) -> Float[Tensor, "B K D"]:
         """All rows of the result, or the given ones only: those ask, all others still answer."""
         q, k, v = self.project(x, rows)  # (B, H, K, d), 2 x (B, H, N, d)
-        dropout = self.attn_drop.p if self.training else 0.0
-        x = attend(q, k, v, dropout).transpose(1, 2).flatten(2)  # (B, K, D)
+        x = attend(q, k, v, self.attn_drop).transpose(1, 2).flatten(2)  # (B, K, D)
         return self.proj_drop(self.proj(x))  # (B, K, D)
 
     def project(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
@@ -117,9 +75,9 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.act = nn.GELU()
-        self.drop1 = Dropout(dropout)
+        self.drop1 = nn.Dropout(dropout)
         self.fc2 = nn.Linear(hidden_dim, dim)
-        self.drop2 = Dropout(dropout)
+        self.drop2 = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         x = self.drop1(self.act(self.fc1(x)))  # (B, N, hidden_dim)

@@ -18,9 +18,9 @@ import torch
 
 from mar_mini import load_pretrained
 from mar_mini.data import data_dir
-from mar_mini.evaluation import Reference
 from mar_mini.files import write_atomically
 from mar_mini.judge.features import features_of, load_features
+from mar_mini.judge.statistics import Reference
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE.parent / "benchmarks" / "results" / "tokens.json"

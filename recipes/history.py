@@ -21,9 +21,9 @@ from tqdm import tqdm
 from mar_mini import load_pretrained
 from mar_mini.checkpoints import load_weights
 from mar_mini.data import data_dir
-from mar_mini.evaluation import Reference
 from mar_mini.files import write_atomically
 from mar_mini.judge.features import features_of, load_features
+from mar_mini.judge.statistics import Reference
 from mar_mini.viz.figures import curves, save_figure
 
 STEPS = 25  # of diffusion

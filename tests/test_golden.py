@@ -90,7 +90,7 @@ def test_head(head):
     noise_c, noise_u = output[:6, :16], output[6:, :16]
     guided = torch.cat([noise_u + 2.5 * (noise_c - noise_u)] * 2)
     check("head/forward_cfg2.5", torch.cat([guided, output[:, 16:]], dim=1))
-    check("head/loss", head.rows(rnd(14, 12, 16), z, t=t, noise=x)["loss"])
+    check("head/loss", head.token_terms(rnd(14, 12, 16), z, t=t, noise=x)["loss"])
     SEEN.add("head/forward_t")
 
 

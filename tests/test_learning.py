@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mar_mini import data, evaluation, get_config
-from mar_mini.run.sources import ImageSet, open_images
+from mar_mini.run.images import ImageSet, open_images
 from mar_mini.run.state import Interrupted
 from mar_mini.run.train import TrainingRun
 
@@ -107,7 +107,7 @@ def test_a_preset_with_an_autoencoder_measures_its_latents(two_stages):
     stages = [progress.stage for progress in run]
     pipeline, images = run.pipeline, two_stages[1].images
     assert stages == ["autoencoder"] * 4 + ["masked autoregressive model"] * 4
-    tokens = pipeline.to_tokens(data.denormalise(data.normalise(images)))
+    tokens = pipeline.encode(data.denormalise(data.normalise(images)))
     assert tokens.shape == (40, 16, 64)
     assert float(tokens.std()) == pytest.approx(1.0, rel=1e-3)
     assert float(tokens.abs().max()) == pytest.approx(pipeline.clip, rel=1e-3)

@@ -209,7 +209,7 @@ def _loss_mistakes(model: MAR, latents, labels, drawn: StepDraws) -> Iterator[tu
         ),
         "compares with the known tokens; the target are the hidden ones": loss(z, known),
         "has z of all places, and the head mixes them up; it is wanted where tokens are hidden": (
-            model.diffloss.rows(
+            model.diffloss.token_terms(
                 hidden.flatten(0, 1),
                 z_of(wanted=everything).flatten(0, 1),
                 repeat=repeat,

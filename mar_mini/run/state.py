@@ -8,13 +8,14 @@ strategy too; all of them have to see the folder. Nothing is ever unpickled.
 """
 
 import json
+import math
 import shutil
 import signal
 import threading
 import time
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from mar_mini.files import write_atomically
-from mar_mini.run.distributed import gather, on_first
+from mar_mini.run.distributed import in_all, in_first
 from mar_mini.training import Step, Training
 
 KEPT = 2
@@ -37,16 +38,16 @@ class Interrupted(KeyboardInterrupt):
     """A run was stopped by Ctrl-C or its deadline, with everything saved; says how to go on."""
 
 
-class Foreign(ValueError):
-    """A checkpoint is of another run, or of an earlier version."""
-
-
 @dataclass(frozen=True)
 class Restored:
     """Which checkpoint a run goes on from (None: from the beginning), and which were refused."""
 
     path: Path | None
     refused: tuple[str, ...]
+
+
+class Foreign(ValueError):
+    """A checkpoint is of another run, or of an earlier version."""
 
 
 class Checkpoints:
@@ -61,7 +62,7 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """The checkpoints, latest first."""
-        return on_first(lambda: sorted(self.folder.glob("state-*"), reverse=True))
+        return in_first(lambda: sorted(self.folder.glob("state-*"), reverse=True))
 
     def tidy(self) -> None:
         """Remove what a run left behind that was killed while it wrote."""
@@ -83,19 +84,18 @@ class Checkpoints:
             if path.exists():
                 shutil.rmtree(path)
             unfinished.rename(path)
-            known = sorted(self.folder.glob("state-*[0-9]"))
-            for old in known[: max(0, known.index(path) + 1 - KEPT)]:  # later ones were refused
+            made = (old for old in self.folder.glob("state-*[0-9]") if old <= path)
+            for old in sorted(made)[:-KEPT]:  # those of later steps were refused
                 shutil.rmtree(old)
 
-        on_first(lambda: (self.tidy(), unfinished.mkdir()))
+        in_first(lambda: (self.tidy(), unfinished.mkdir()))
         try:
             writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
-            with quietly() as how:
-                dcp.save(tensors(training), storage_writer=writer, **how)
+            quietly(dcp.save, tensors(training), storage_writer=writer)
             run["files"] = checksums(unfinished)
-            on_first(finish)
+            in_first(finish)
         except (OSError, dcp.CheckpointException) as error:
-            on_first(self.tidy)
+            in_first(self.tidy)
             (cause, _), *_ = getattr(error, "failures", {0: (error, None)}).values()
             raise OSError(f"{path} could not be written: {cause}") from error
         return path
@@ -105,7 +105,7 @@ class Checkpoints:
 
         Raises ValueError if there is none, but one of another run or of an earlier version.
         """
-        on_first(self.tidy)
+        in_first(self.tidy)
         refused = []
         for path in self.paths():
             try:
@@ -113,33 +113,32 @@ class Checkpoints:
                 return Restored(path, tuple(map(str, refused)))
             except ValueError as error:
                 refused.append(error)
-        for error in refused:
-            if isinstance(error, Foreign):
-                raise ValueError(
-                    f"{error}; choose another folder, or the settings and the version of that run "
-                    "to continue it"
-                )
+        if foreign := [error for error in refused if isinstance(error, Foreign)]:
+            raise ValueError(
+                f"{foreign[0]}; choose another folder, or continue it with its own settings and "
+                "version"
+            )
         return Restored(None, tuple(map(str, refused)))
 
 
 def load(path: Path, identity: dict, training: Training) -> None:
     """Go on from a checkpoint. Raises ValueError, and changes nothing, if it does not fit."""
     try:
-        content = {} if path.is_file() else json.loads(on_first((path / RUN).read_text))
+        content = {} if path.is_file() else json.loads(in_first((path / RUN).read_text))
         found = checksums(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no complete checkpoint ({error})") from error
-    if (run := content.get("run")) is None:
+    if "run" not in content:
         raise Foreign(f"{path} is of an earlier version of mar_mini")
-    if zlib.crc32(json.dumps(run).encode()) != content.get("checksum"):
-        raise ValueError(f"{path / RUN} is damaged (its checksum does not fit)")
-    if differences := differing(run["identity"], identity):
-        raise Foreign(f"{path} is of another run ({differences})")
-    if odd := ", ".join(sorted(found.keys() ^ run["files"].keys())):
+    run, found[RUN] = content["run"], zlib.crc32(json.dumps(content["run"]).encode())
+    files = {**run["files"], RUN: content["checksum"]}
+    if odd := ", ".join(sorted(found.keys() ^ files.keys())):
         raise ValueError(f"{path} is damaged ({odd}: missing, or not of this checkpoint)")
     for name, value in found.items():
-        if value != run["files"][name]:
+        if value != files[name]:
             raise ValueError(f"{path / name} is damaged (its checksum does not fit)")
+    if differences := differing(run["identity"], identity):
+        raise Foreign(f"{path} is of another run ({differences})")
     reader, state = dcp.HuggingFaceStorageReader(str(path)), tensors(training)
     there = {k: tuple(v.size) for k, v in reader.read_metadata().state_dict_metadata.items()}
     here = {name: tuple(x.shape) for name, x in state.items()}
@@ -149,13 +148,12 @@ def load(path: Path, identity: dict, training: Training) -> None:
             raise ValueError(
                 f"{path} has {name} {theirs}, this model {ours}: it is of another model"
             )
-    with quietly() as how:
-        dcp.load(state, storage_reader=reader, **how)  # into the tensors of the training
+    quietly(dcp.load, state, storage_reader=reader)  # into the tensors of the training
     training.resume(run["step"], run["seconds"])
 
 
 def tensors(training: Training) -> dict[str, Tensor]:
-    """Weights, their average and the moments by name: no copies, of a model in shards the shards.
+    """Weights, their average and moments by name: no copies, and of a model in shards the shards.
 
     With `Training.step` and `Training.seconds` they are all that the next step depends on.
     """
@@ -171,6 +169,13 @@ def tensors(training: Training) -> dict[str, Tensor]:
     return {name: x if x.ndim else x.reshape(1) for name, x in state.items()}
 
 
+def quietly(transfer: Callable, state: dict[str, Tensor], **storage) -> None:
+    """Save or load; PyTorch is told of a single process, and warns all the same."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        transfer(state, no_dist=not dist.is_initialized(), **storage)
+
+
 def checksums(folder: Path) -> dict[str, int]:
     """CRC-32 of each file by name; each process reads some of them."""
 
@@ -181,17 +186,9 @@ def checksums(folder: Path) -> dict[str, int]:
                 value = zlib.crc32(chunk, value)
         return value
 
-    names = on_first(lambda: sorted(path.name for path in folder.glob("*.safetensors")))
-    parts = gather(lambda rank, size: {name: crc(folder / name) for name in names[rank::size]})
+    names = in_first(lambda: sorted(path.name for path in folder.glob("*.safetensors")))
+    parts = in_all(lambda rank, size: {name: crc(folder / name) for name in names[rank::size]})
     return {name: value for part in parts for name, value in part.items()}
-
-
-@contextmanager
-def quietly() -> Iterator[dict]:
-    """PyTorch's option for a single process; it is told, and warns all the same."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield {"no_dist": not dist.is_initialized()}
 
 
 def checksum(state: dict[str, Tensor]) -> int:
@@ -223,13 +220,13 @@ def resumable(
     not wait. Raises ValueError as `Checkpoints.restore`.
     """
     checkpoints.restore(training)
-    saved = time.monotonic()
+    saved, until = time.monotonic(), math.inf if until is None else until
     with deferred_interrupt() as interrupted:
         for step in training:
             yield step
             now = time.monotonic()
-            flags = interrupted.is_set() or now >= (until or now + 1), now - saved > every
-            asked, due = map(any, zip(*gather(lambda *_, flags=flags: flags), strict=True))
+            flags = interrupted.is_set() or now >= until, now - saved > every
+            asked, due = map(any, zip(*in_all(lambda *_, flags=flags: flags), strict=True))
             if asked or due:
                 checkpoints.save(training)
                 saved = time.monotonic()
@@ -244,17 +241,15 @@ def resumable(
 @contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C or SIGTERM sets; outside the main thread it stays unset."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
+    asked, before = threading.Event(), {}
 
     def ask(*_) -> None:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:

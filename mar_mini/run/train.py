@@ -27,14 +27,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from mar_mini.checkpoints import Pipeline, save_weights
 from mar_mini.configs import Config, for_batch_size, get_config
 from mar_mini.data import Images, InMemory, normalise
-from mar_mini.fast.compiling import compile_model
+from mar_mini.fast import speed_up
 from mar_mini.files import write_atomically
 from mar_mini.mar import MAR
 from mar_mini.planner.fit import fit_training
 from mar_mini.planner.memory import parameters
 from mar_mini.run.distributed import gather, join, own_device
+from mar_mini.run.images import ImageSet, open_images
 from mar_mini.run.latents import LatentShards
-from mar_mini.run.sources import ImageSet, open_images
 from mar_mini.run.state import Checkpoints, History, Interrupted, resumable
 from mar_mini.training import Step, Terms, Training, mar_terms, vae_terms
 from mar_mini.vae import AutoencoderKL, latent_scale
@@ -140,8 +140,7 @@ class TrainingRun(Iterator[Progress]):
         models = [config.vae, config.mar]
         if stage == AUTOENCODER:
             kind, settings, models = Training, config.vae_training, [config.vae]
-        if self.compiled:
-            compile_model(model)
+        speed_up(model, self.compiled)
         steps = self.training = kind(model, images, terms, settings, self.seed)
         if self.folder is not None:
             # what the losses depend on, and a checkpoint has in common with the run

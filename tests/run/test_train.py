@@ -182,7 +182,7 @@ def test_a_trained_autoencoder_is_used_and_not_trained_again(tmp_path):
 @pytest.mark.slow
 def test_a_bare_machine_trains_without_the_libraries_of_the_course(tmp_path):
     """As recipes/README.md says: from arrays, with neither datasets, tyro nor matplotlib."""
-    from mar_mini.run.sources import ImageSet, write_arrays
+    from mar_mini.run.images import ImageSet, write_arrays
 
     rows = load_images("digits", "train").select(range(100))
     from mar_mini.data import class_names, to_tensors
