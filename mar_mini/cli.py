@@ -1,11 +1,13 @@
 """The command line: `mar-mini ...` or `python -m mar_mini ...`.
 
 A command is a function that lives beside what it configures. What Python lets you pass by position
-is positional here too, keyword-only parameters are options, and the docstring is the help.
+is positional here too, keyword-only parameters (or the fields of a dataclass) are options, and the
+docstring (or the comments) are the help.
 """
 
 import inspect
 import sys
+from dataclasses import is_dataclass
 from importlib import import_module
 from typing import get_type_hints
 
@@ -32,14 +34,16 @@ FLAT = (tyro.conf.OmitArgPrefixes,)  # --cfg, not --settings.cfg
 
 
 def command(name: str):
-    """The function behind a command, its positional parameters marked for tyro."""
+    """The function behind a command, its positional parameters and options marked for tyro."""
     module, _, function = COMMANDS[name][0].partition(":")
     function = getattr(import_module(f"mar_mini.{module}"), function)
     hints = get_type_hints(function, include_extras=True)
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
             hints[parameter.name] = tyro.conf.Positional[hints[parameter.name]]
-    function.__annotations__ = hints
+        elif is_dataclass(hints[parameter.name]):
+            hints[parameter.name] = tyro.conf.OmitArgPrefixes[hints[parameter.name]]
+    inspect.unwrap(function).__annotations__ = hints
     return function
 
 

@@ -19,10 +19,10 @@ from distributed_worker import IDENTITY, Posteriors, losses, start
 
 from mar_mini import configs, load_pretrained
 from mar_mini.data import InMemory, fetch
-from mar_mini.run.distributed import join, own_device
-from mar_mini.run.images import open_images
+from mar_mini.run.distributed import DistributedTraining, join, own_device
+from mar_mini.run.images import ImageSet, open_images
 from mar_mini.run.state import Checkpoints
-from mar_mini.run.train import MASKED, recorded, train_latents, train_pipeline
+from mar_mini.run.train import MASKED, TrainingRun, watch
 from mar_mini.training import Training, step_seed
 
 TESTS = Path(__file__).resolve().parent
@@ -362,45 +362,32 @@ def tiny_preset(**changes) -> configs.Config:
 
 def test_latents_that_are_there_already(tmp_path):
     """Trained and resumed; the pipeline knows their scale and classes."""
-    run = train_latents(tiny_preset(), Posteriors(), folder=tmp_path)
-    progress = next(run)
-    assert progress.stage == MASKED and progress.step.step == 1
-    while True:
-        try:
-            next(run)
-        except StopIteration as end:
-            pipeline = end.value
-            break
+    run = TrainingRun(tiny_preset(), Posteriors(), folder=tmp_path)
+    assert [(stage, step.step) for stage, step, _ in run] == [(MASKED, i) for i in (1, 2, 3)]
+    pipeline = run.pipeline
     assert pipeline.latent_scale == 0.5 and pipeline.classes == [str(i) for i in range(10)]
     assert pipeline.card["steps"] == 3
-    assert list(train_latents(tiny_preset(), Posteriors(), folder=tmp_path)) == []
+    assert list(TrainingRun(tiny_preset(), Posteriors(), folder=tmp_path)) == []
     another = Posteriors()
     another.labels = another.labels.flip(0)
     with pytest.raises(ValueError, match="is of another run .data is"):
-        next(train_latents(tiny_preset(), another, folder=tmp_path))
+        next(TrainingRun(tiny_preset(), another, folder=tmp_path))
 
 
 def test_latents_of_other_classes_are_refused():
     three = Posteriors()
     three.classes = ["a", "b", "c"]
     with pytest.raises(ValueError, match="3 classes, but preset 'digits' is made for 10"):
-        train_latents(tiny_preset(), three)
+        TrainingRun(tiny_preset(), three)
     with pytest.raises(ValueError, match="preset 'kl16' has no MAR to train"):
-        train_latents(configs.get_config("kl16"), three)
+        TrainingRun(configs.get_config("kl16"), three)
 
 
 def test_many_processes_need_a_trained_autoencoder(tmp_path):
-    many = Alone()
-    many.count = 2
     images = open_images("cifar10_mini")
-    run = train_pipeline(
-        configs.get_config("cifar10"),
-        images.images[:64].float() / 127.5 - 1,
-        images.labels[:64],
-        images.classes,
-        folder=tmp_path,
-        processes=many,
-    )
+    images = ImageSet(images.images[:64], images.labels[:64], images.classes)
+    config = configs.get_config("cifar10")
+    run = TrainingRun(config, images, folder=tmp_path, kind=DistributedTraining)
     with pytest.raises(ValueError, match="no trained autoencoder in .*give the command without"):
         next(run)
 
@@ -435,14 +422,16 @@ def torchrun(out: Path, count: int) -> subprocess.Popen:
         "torch.distributed.run",
         f"--nproc-per-node={count}",
         "--standalone",
-        REPO / "recipes" / "train.py",
+        "-m",
+        "mar_mini",
+        "train",
         "--config",
         "digits",
         "--data",
         "digits",
         "--out",
         out,
-        "--steps",
+        "--max-steps",
         str(STEPS),
         "--strategy",
         "fsdp",
@@ -478,7 +467,7 @@ def worker_of(agent: int, rank: int) -> int:
 def test_a_process_is_killed_and_the_same_command_goes_on(tmp_path):
     """The others end, the message names it, and the run ends with the losses of an undisturbed one.
 
-    The losses of all steps are in the history that the recipe writes.
+    The losses of all steps are in the history that the command writes.
     """
     out, whole = tmp_path / "out", tmp_path / "whole"
     agent = torchrun(out, 2)
@@ -507,11 +496,7 @@ def test_a_process_is_killed_and_the_same_command_goes_on(tmp_path):
         config,
         training=replace(config.training, max_steps=STEPS, max_seconds=None, precision="float32"),
     )
-    from mar_mini.data import normalise
-
-    run = train_pipeline(config, normalise(images.images), images.labels, images.classes)
-    for _ in recorded(run, whole, moments=()):
-        pass
+    watch(TrainingRun(config, images), whole, moments=())
     got, want = (
         json.loads((folder / "history_masked.json").read_text()) for folder in (out, whole)
     )

@@ -18,7 +18,7 @@ from mar_mini.data import data_dir, load_images, normalise, to_tensors
 from mar_mini.run.images import center_crop, open_pictures
 from mar_mini.run.latents import LatentShards, open_vae, write_latents
 from mar_mini.run.parts import parse_part, pieces
-from mar_mini.run.train import train_latents
+from mar_mini.run.train import TrainingRun
 
 VAE = VAEConfig(
     ch=8,
@@ -321,12 +321,9 @@ def tiny():
 def test_a_model_is_trained_on_latents(source, vae, tmp_path):
     data, losses = encode(vae, source, tmp_path / "out"), []
     for _ in range(2):
-        run = train_latents(tiny(), data, seed=1)
-        try:
-            while True:
-                losses.append(next(run).step.loss)
-        except StopIteration as end:
-            pipeline = end.value
+        run = TrainingRun(tiny(), data, seed=1)
+        losses += [progress.step.loss for progress in run]
+    pipeline = run.pipeline
     assert losses[:3] == losses[3:] and len(set(losses)) == 3  # all that is random has a seed
     assert (pipeline.latent_scale, pipeline.clip) == (data.latent_scale, data.clip)
     assert pipeline.generate([1], num_iter=2, num_sampling_steps=2).shape == (1, 3, 16, 16)
@@ -339,14 +336,14 @@ def test_float16_latents_are_trained_on_in_both_precisions(source, vae, tmp_path
     """Asked for, not found out: what "auto" chooses depends on the processor."""
     data, config = encode(vae, source, tmp_path / "latents"), tiny()
     config = replace(config, training=replace(config.training, precision=precision))
-    losses = [progress.step.loss for progress in train_latents(config, data, seed=1)]
+    losses = [progress.step.loss for progress in TrainingRun(config, data, seed=1)]
     assert len(losses) == 3 and all(map(math.isfinite, losses))
 
 
 def test_latents_that_do_not_fit_the_preset(source, vae, tmp_path):
     data = encode(vae, source, tmp_path / "out")
     with pytest.raises(ValueError, match=r"latents are \(4, 8, 8\); preset 'cifar10' is made for"):
-        train_latents(get_config("cifar10"), data)
+        TrainingRun(get_config("cifar10"), data)
     config = tiny()
     with pytest.raises(ValueError, match="2 classes, but preset 'cifar10' is made for 10"):
-        train_latents(replace(config, mar=replace(config.mar, class_num=10)), data)
+        TrainingRun(replace(config, mar=replace(config.mar, class_num=10)), data)
