@@ -130,7 +130,7 @@ def main() -> None:
             rows = result["rows"]
     note("real test images", distance(real))
     if pipeline.vae is not None:
-        again = torch.cat([pipeline.to_images(pipeline.to_tokens(x)) for x in real.split(250)])
+        again = torch.cat([pipeline.decode(pipeline.encode(x)) for x in real.split(250)])
         result["psnr"] = float(psnr(again, real).mean())
         note("test images through the autoencoder", distance(again))
     if "a normal distribution for each class" not in rows:

@@ -3,6 +3,11 @@
 from dataclasses import dataclass, replace
 
 
+def from_json(kind: type, values: dict):
+    """A configuration (dataclass) from its JSON, which has lists in place of tuples."""
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
 def choose(kind: str, name: str, known: dict):
     """Look a name up. Raises ValueError that lists the names which exist."""
     if name not in known:

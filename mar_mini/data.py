@@ -22,10 +22,12 @@ BLOCK = 32
 def data_dir() -> Path:
     """Return the folder of the bundled data.
 
-    It is `data/` beside the package, or the folder in the environment variable MAR_MINI_DATA.
-    Raises ValueError if that folder does not exist.
+    It is `data/` beside the package (in a wheel: inside of it), or the folder in the environment
+    variable MAR_MINI_DATA. Raises ValueError if that folder does not exist.
     """
-    folder = Path(os.environ.get("MAR_MINI_DATA") or Path(__file__).resolve().parents[1] / "data")
+    package = Path(__file__).resolve().parent
+    bundled = package / "_data" if (package / "_data").is_dir() else package.parent / "data"
+    folder = Path(os.environ.get("MAR_MINI_DATA") or bundled)
     if not folder.is_dir():
         raise ValueError(
             f"no data folder {folder}; install the package from a clone (pip install -e .), or "
@@ -149,17 +151,14 @@ def denormalise(x: Tensor) -> Float32[Tensor, "..."]:
 
 @runtime_checkable
 class Images(Protocol):
-    """Images as a training asks for them; `InMemory` is the simplest kind.
+    """Images as a training asks for them; `InMemory` is the simplest kind."""
 
-    labels  (N,) int64, the index of each image's class
-    """
-
-    labels: Tensor
+    labels: Tensor  # (N,) int64, the index of each image's class
 
     def __len__(self) -> int: ...
 
     def batch(self, indices: Tensor, flip: Tensor, generator: torch.Generator) -> Tensor:
-        """What `MAR.patchify` takes, (n, C, H, W) float32, of some images.
+        """Give some images as (n, C, H, W) float32, for `MAR.patchify`.
 
         indices    (n,) int64
         flip       (n,) bool, True = mirrored
@@ -168,7 +167,7 @@ class Images(Protocol):
 
 
 class InMemory:
-    """Images that are tensors, on any device.
+    """Images that are tensors, on any device; nothing in them is random.
 
     latents   (N, C, H, W) float, as `MAR.patchify` takes them
     labels    (N,) int64
@@ -184,14 +183,12 @@ class InMemory:
         labels: Int[Tensor, " M"],
         mirrored: Float[Tensor, "M2 C H W"] | None = None,
     ):
+        shape = tuple(latents.shape)
         if len(latents) != len(labels):
-            raise ValueError(
-                f"{len(latents)} images but {len(labels)} labels; expected one for each"
-            )
+            raise ValueError(f"{shape[0]} images but {len(labels)} labels; expected one for each")
         if mirrored is not None and mirrored.shape != latents.shape:
             raise ValueError(
-                f"mirrored is {tuple(mirrored.shape)}; expected {tuple(latents.shape)} as the "
-                "latents"
+                f"mirrored is {tuple(mirrored.shape)}; expected {shape} as the latents"
             )
         self.latents, self.labels, self.mirrored = latents, labels, mirrored
 
@@ -199,7 +196,6 @@ class InMemory:
         return len(self.latents)
 
     def batch(self, indices, flip, generator=None) -> Float[Tensor, "B C H W"]:
-        """See `Images`; nothing in them is random."""
         indices, flip = indices.to(self.latents.device), flip.to(self.latents.device)
         straight = self.latents[indices]
         if not flip.any():
@@ -211,21 +207,18 @@ class InMemory:
 def fetch(
     images: Images, picked: Int[Tensor, " B"], flip: Bool[Tensor, " B"], rows: slice, seed: int
 ) -> Float[Tensor, "R C H W"]:
-    """Some rows of a batch, the same whoever asks for which rows.
+    """Read some rows of a batch, the same whoever asks for which rows.
 
-    picked, flip  of the whole batch
-    seed          of the whole batch
+    picked, flip, seed  of the whole batch
 
     They come in blocks of 32 rows, each with random numbers of its own, so that a process that
-    needs a part of the batch need not read all of it. Autocast, which is for the model's products,
-    is off: what is stored in float16 could not be put together under it.
+    needs a part of the batch need not read all of it.
     """
     first = rows.start - rows.start % BLOCK
     parts = []
-    with torch.autocast("cpu", enabled=False):
-        for start in range(first, rows.stop, BLOCK):
-            block = slice(start, min(start + BLOCK, len(picked)))
-            parts.append(images.batch(picked[block], flip[block], step_generator(seed, start)))
+    for start in range(first, rows.stop, BLOCK):
+        block = slice(start, min(start + BLOCK, len(picked)))
+        parts.append(images.batch(picked[block], flip[block], step_generator(seed, start)))
     return torch.cat(parts)[rows.start - first : rows.stop - first]
 
 

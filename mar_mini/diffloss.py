@@ -17,10 +17,9 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def draw_noise(n: int, channels: int, generator: Generators, like: Tensor) -> Tensor:
-    """Standard normal noise (n, C) of the dtype and on the device of `like`.
+    """Draw standard normal noise (n, C) of the dtype and on the device of `like`.
 
-    generator  one torch.Generator draws all rows at once; from a list of G of them each draws its
-               own n / G rows, so that they depend on no other. Noise is drawn on its device
+    From a list of G generators each draws its own n / G rows, so that they depend on no other.
     """
     if isinstance(generator, Sequence):
         rows = n // len(generator)
@@ -88,34 +87,18 @@ class FinalLayer(nn.Module):
 
 
 class SimpleMLPAdaLN(nn.Module):
-    """The denoising MLP: noisy token, timestep and z in; predicted noise and variance out.
-
-    in_channels      C, values of a token
-    model_channels   W, width of the MLP
-    out_channels     2C: noise, then the variance's v
-    z_channels       D, width of z
-    num_res_blocks   depth
-    block            what to build the blocks from: anything called like `ResBlock`
-    """
+    """The denoising MLP: noisy token, timestep and z in; predicted noise and variance out."""
 
     def __init__(
-        self,
-        in_channels: int,
-        model_channels: int,
-        out_channels: int,
-        z_channels: int,
-        num_res_blocks: int,
-        grad_checkpointing: bool = False,
-        *,
-        block: Callable[[int], nn.Module] = ResBlock,
+        self, channels, width, z_channels, depth, grad_checkpointing=False, block=ResBlock
     ):
         super().__init__()
         self.grad_checkpointing = grad_checkpointing
-        self.time_embed = TimestepEmbedder(model_channels)
-        self.cond_embed = nn.Linear(z_channels, model_channels)
-        self.input_proj = nn.Linear(in_channels, model_channels)
-        self.res_blocks = nn.ModuleList(block(model_channels) for _ in range(num_res_blocks))
-        self.final_layer = FinalLayer(model_channels, out_channels)
+        self.time_embed = TimestepEmbedder(width)
+        self.cond_embed = nn.Linear(z_channels, width)
+        self.input_proj = nn.Linear(channels, width)
+        self.res_blocks = nn.ModuleList(block(width) for _ in range(depth))
+        self.final_layer = FinalLayer(width, 2 * channels)  # noise, then the variance's v
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -133,10 +116,9 @@ class SimpleMLPAdaLN(nn.Module):
     def forward(
         self, x: Float[Tensor, "R C"], t: Int[Tensor, " R"], z: Float[Tensor, "N D"]
     ) -> Float[Tensor, "R C2"]:
-        """Predicted noise and v for noisy tokens x at the original timesteps t, given z.
+        """Predict noise and v for noisy tokens x at the original timesteps t, given z.
 
-        R is a multiple of N: noise levels of the same tokens one after the other, and the
-        condition is embedded once for all of them.
+        R is a multiple of N: noise levels of the same tokens one after the other.
         """
         condition = self.cond_embed(z)  # (N, W)
         y = self.time_embed(t).unflatten(0, (-1, len(z))) + condition  # (R / N, N, W)
@@ -156,10 +138,9 @@ class SimpleMLPAdaLN(nn.Module):
 def as_steps(
     net: nn.Module, z: Float[Tensor, "N D"], timesteps: Int[Tensor, " T"]
 ) -> Callable[[Tensor, int], Tensor]:
-    """net(x, timesteps[i], z) as a function of (x, i); what no x changes is computed once for all.
+    """Turn net(x, timesteps[i], z) into a function of (x, i), which embeds t and z only once.
 
-    The conditions are the same at each step, and so is the timestep of all tokens. A network with
-    a `forward` of its own is called as it is.
+    A network with a `forward` of its own is called as it is.
     """
     if type(net).forward is not SimpleMLPAdaLN.forward:
         return lambda x, i: net(x, timesteps[i].expand(len(x)), z)
@@ -201,8 +182,7 @@ class Head(nn.Module):
     def draw(self, n, generator, t=None, noise=None) -> tuple[Tensor | None, Tensor | None]:
         """Draw t and noise of n rows, where they are not given; None: `forward` draws.
 
-        A head that draws here can be trained by several processes, or in micro batches, and the
-        losses stay the same.
+        A head that draws here has the same losses in micro batches and on several processes.
         """
         return t, noise
 
@@ -234,8 +214,8 @@ class DiffLoss(Head):
     ):
         super().__init__()
         self.target_channels, self.num_sampling_steps = target_channels, num_sampling_steps
-        sizes = (target_channels, width, 2 * target_channels, z_channels, depth)
-        self.net = SimpleMLPAdaLN(*sizes, grad_checkpointing, block=block)
+        sizes = (target_channels, width, z_channels, depth)
+        self.net = SimpleMLPAdaLN(*sizes, grad_checkpointing, block)
         self.diffusion = Diffusion()
         Diffusion(num_sampling_steps)  # refuses an impossible number now, not when sampling
 
@@ -305,15 +285,12 @@ class DiffLoss(Head):
 
         z, z_uncond         (N, D) conditions with and without class; the second for guidance only
         cfg                 guidance weight; 1 = none
-        temperature         "ddpm": scale of the noise injected at each step, 0 = none but the
-                            initial one; others inject none: scale of the initial noise
+        temperature         scale of the noise that "ddpm" injects; of the initial noise for others
         clip                bound on |x0|, for models trained on a small budget (see `diffusion`)
         num_sampling_steps  2 to 1000; the constructor's by default
         solver              "ddpm", "ddim" or a function like them, such as `fast.dpm_solver`
         generator           one torch.Generator, or a list of G of them for N / G rows each. One
-                            draw for the initial state, one for each step but the last, none at
-                            temperature 0
-        returns             (N, C) float32 tokens
+                            draw for the initial state, one for each step but the last
         """
         walk, diffusion = reverse_walk(solver, num_sampling_steps or self.num_sampling_steps)
         dtype = self.net.input_proj.weight.dtype

@@ -76,11 +76,10 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         self.seq_h = self.seq_w = tokens.grid_side(c.img_size, c.vae_stride, c.patch_size)
         self.seq_len = self.seq_h * self.seq_w
         self.token_embed_dim = c.vae_embed_dim * c.patch_size**2
-        for name in (
-            "patch_size vae_embed_dim class_num buffer_size mask_ratio_min label_drop_prob "
-            "diffusion_batch_mul grad_checkpointing"
-        ).split():
-            setattr(self, name, getattr(c, name))
+        self.patch_size, self.vae_embed_dim = c.patch_size, c.vae_embed_dim
+        self.class_num, self.grad_checkpointing = c.class_num, c.grad_checkpointing
+        self.mask_ratio_min, self.label_drop_prob = c.mask_ratio_min, c.label_drop_prob
+        self.buffer_size, self.diffusion_batch_mul = c.buffer_size, c.diffusion_batch_mul
         length, dropouts = c.buffer_size + self.seq_len, (c.attn_dropout, c.proj_dropout)
 
         # encoder
@@ -162,8 +161,7 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         x           (B, L, C) tokens; what stands at masked places is never used
         mask        (B, L) bool, True = masked, the same number in each row
         labels      (B,) int64, -1 = no class
-        num_masked  that number, if it is known; else it is counted, and a ValueError says which
-                    row has another one
+        num_masked  that number; counted if None, with a ValueError where rows differ
         returns     (B, buffer_size + known, D)
         """
         known = None if num_masked is None else mask.shape[1] - num_masked
@@ -195,7 +193,7 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         x           (B, buffer_size + known, D) from `forward_encoder` under the same mask
         mask        (B, L) bool, True = masked
         wanted      (B, L) bool, True = z is needed there, the same number in each row; all if None
-        num_wanted  that number, if it is known; else it is counted
+        num_wanted  that number; counted if None
         returns     z (B, M, E) of the M wanted places, positions ascending: the head's condition
         """
         known = x.shape[1] - self.buffer_size
@@ -219,8 +217,7 @@ class MAR(nn.Module, PyTorchModelHubMixin):
     ) -> Float[Tensor, "B K D"]:
         """Apply all blocks in turn; then take the given rows, or all.
 
-        The last block computes those rows only, if its `forward` takes `rows` as that of `Block`
-        does: z is needed of the tokens to predict, and in a sampling step these are few.
+        The last block computes those rows only, if its `forward` takes `rows` as `Block` does.
         """
         for i, block in enumerate(blocks):
             wanted = ()
@@ -332,22 +329,19 @@ def check_labels(labels, class_num: int, batch_size: int | None = None) -> Int[T
 
     Raises ValueError that says what came instead.
     """
+    kind = "expected whole numbers (int64), the index of a class"
     try:
         labels = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"labels are {labels!r}; expected whole numbers (int64), the index of a class"
-        ) from error
+        raise ValueError(f"labels are {labels!r}; {kind}") from error
     if not labels.numel():
         raise ValueError("there are no labels; expected one or more")
-    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels are {labels.dtype}; {kind}")
+    if labels.ndim != 1 or batch_size not in (None, len(labels)):
+        want = "B" if batch_size is None else batch_size
         raise ValueError(
-            f"labels are {labels.dtype}; expected whole numbers (int64), the index of a class"
-        )
-    if labels.ndim != 1 or (batch_size is not None and len(labels) != batch_size):
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)}; expected "
-            f"({'B' if batch_size is None else batch_size},), one for each image"
+            f"labels have shape {tuple(labels.shape)}; expected ({want},), one for each image"
         )
     labels = labels.long()
     bad = labels[(labels < NO_CLASS) | (labels >= class_num)]

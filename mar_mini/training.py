@@ -132,6 +132,7 @@ class Training(Iterator[Step]):
                     (terms["loss"] / len(self.slices)).backward()
                 rows.append(torch.stack([value.detach() for value in terms.values()]))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        norm = getattr(norm, "full_tensor", lambda: norm)()  # FSDP's is in shards
 
         # is it finite? one wait for the device
         *means, norm = self.mean(torch.stack([*torch.stack(rows).mean(0), norm])).tolist()

@@ -11,7 +11,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mar_mini.configs import VAEConfig
+from mar_mini.configs import VAEConfig, from_json
 
 
 class DiagonalGaussian:
@@ -205,7 +205,7 @@ class AutoencoderKL(nn.Module, PyTorchModelHubMixin):
 
     def __init__(self, **settings):
         super().__init__()
-        c = VAEConfig(**settings)
+        c = from_json(VAEConfig, settings)  # as `from_pretrained` has them
         odd = [c.ch * m for m in c.ch_mult if c.ch * m % c.num_groups]
         if odd:
             raise ValueError(

@@ -114,7 +114,7 @@ def test_a_preset_with_an_autoencoder_measures_its_latents():
             pipeline = end.value
             break
     assert stages == ["autoencoder"] * 4 + ["masked autoregressive model"] * 4
-    tokens = pipeline.to_tokens(data.denormalise(data.normalise(images)))
+    tokens = pipeline.encode(data.denormalise(data.normalise(images)))
     assert tokens.shape == (40, 16, 64)
     assert float(tokens.std()) == pytest.approx(1.0, rel=1e-3)
     assert float(tokens.abs().max()) == pytest.approx(pipeline.clip, rel=1e-3)

@@ -57,7 +57,7 @@ def test_the_card_lets_anyone_repeat_the_training(pipeline):
 def test_the_autoencoder_is_no_ceiling(pipeline):
     images = data.to_tensors(data.load_images("cifar10_mini", "test"))[0]
     images = data.denormalise(data.normalise(images))
-    again = pipeline.to_images(pipeline.to_tokens(images))
+    again = pipeline.decode(pipeline.encode(images))
     assert float(psnr(again, images).mean()) >= 32.0
 
 

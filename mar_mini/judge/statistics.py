@@ -23,9 +23,9 @@ from mar_mini.data import data_dir
 from mar_mini.fast import FAST
 from mar_mini.files import write_atomically
 from mar_mini.judge.features import NUM_FEATURES, features_of, load_features
+from mar_mini.run.distributed import own_device
 from mar_mini.run.generate import check_complete
 from mar_mini.run.images import Pictures, check_readable, crops, open_pictures
-from mar_mini.run.parts import place
 
 ENOUGH, INCEPTION = 10_000, 2048
 STORED = {torch.float32: torch.float16, torch.int64: torch.uint8}
@@ -268,7 +268,11 @@ def judge_images(images, statistics, write_statistics, size, split, workers) -> 
     if statistics is None and write_statistics is None:
         raise ValueError("give --statistics FILE to compare with, or --write-statistics FILE")
     known = None if statistics is None else Reference.load(statistics)
-    pictures, network, features = open_pictures(images, split), load_features().to(place()), []
+    pictures, network, features = (
+        open_pictures(images, split),
+        load_features().to(own_device()),
+        [],
+    )
     check_complete(Path(images), len(pictures))
     side = size or picture_side(pictures)
     if known is not None:

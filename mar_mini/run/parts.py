@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from mar_mini.files import write_atomically
@@ -85,10 +84,3 @@ def read_card(path: Path) -> dict:
 
 def weights_checksum(model: nn.Module) -> int:
     return checksum({name: x.cpu() for name, x in model.state_dict().items()})
-
-
-def place() -> str:
-    """The device of this process: cuda (of this rank under torchrun) where there is one, or cpu."""
-    if torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return "cpu"

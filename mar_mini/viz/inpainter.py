@@ -83,7 +83,7 @@ class Inpainter(GenerationTheatre):
         super().__init__(pipeline, seed=seed)
         mar = self.pipeline.mar
         blank = torch.zeros(1, mar.seq_len, mar.token_embed_dim)
-        self.shape = tuple(self.pipeline.to_images(blank).shape[1:])
+        self.shape = tuple(self.pipeline.decode(blank).shape[1:])
         if tuple(images.shape[1:]) != self.shape:
             wanted = ", ".join(map(str, self.shape))
             raise ValueError(f"images are {tuple(images.shape)}; expected (N, {wanted})")
@@ -128,7 +128,7 @@ class Inpainter(GenerationTheatre):
         """Make this the picture; its tokens are computed if they are not given."""
         self._generation.stop()
         self.image = image
-        self.tokens = self.pipeline.to_tokens(image[None]) if tokens is None else tokens
+        self.tokens = self.pipeline.encode(image[None]) if tokens is None else tokens
         self.frames, self._history, self._keep.disabled = [], [], True
         with self.canvas.hold_sync():
             self.canvas.mode, self.canvas.message = "paint", ""

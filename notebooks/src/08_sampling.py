@@ -476,7 +476,7 @@ def paint(model, labels, tokens, known, num_iter, cfg, generator, **settings):
 
 # %%
 chosen = (kind == 7).nonzero().flatten()[:20]  # horses
-photo, given = real[chosen], photos.to_tokens(real[chosen])
+photo, given = real[chosen], photos.encode(real[chosen])
 known = torch.ones(len(chosen), 4, 4, dtype=torch.bool)
 known[:, 1:3, 1:3] = False
 known = known.flatten(1)  # (B, L)
@@ -486,7 +486,7 @@ names, settings = kind[chosen], {"num_iter": 4, "cfg": 4.5, "temperature": 0.95}
 filled = [paint(photos.mar, names, given, known, generator=seeded(5 + i), clip=photos.clip,
                 **settings) for i in range(3)]
 hidden = ~known.view(-1, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
-columns = [photo, torch.where(hidden, 0.85, photo), *(photos.to_images(x) for x in filled)]
+columns = [photo, torch.where(hidden, 0.85, photo), *(photos.decode(x) for x in filled)]
 fig.show(fig.image_grid(torch.stack(columns, 1)[[0, 1, 3]].flatten(0, 1), columns=5,
                         titles=["photograph", "hole", "fill 1", "fill 2", "fill 3"]))
 
@@ -498,8 +498,8 @@ kept = all(torch.equal(x[known], given[known]) for x in filled)
 apart, others = ((filled[0] - x)[~known].std() / given.std()
                  for x in (filled[1], filled[1].roll(1, 0)))
 outside = ~hidden.expand_as(photo)
-again = photos.to_images(given)
-moved = [(photos.to_images(x) - again)[outside].abs().mean() * 255 for x in filled]
+again = photos.decode(given)
+moved = [(photos.decode(x) - again)[outside].abs().mean() * 255 for x in filled]
 lost = (again - photo)[outside].abs().mean() * 255
 print(f"known tokens kept to the bit: {kept}; difference to the package's tokens {off:.1e}")
 print(f"standard deviations between fills of one photograph {apart:.2f}, of two {others:.2f}")
@@ -660,6 +660,6 @@ grid(classes, {"default": {}, "fast": FAST, "choice": CHOICE}, 8)
 # | guidance | `guide`, `linear_cfg` | `diffloss`, `sampling` |
 # | given tokens | `sample(tokens, known)`, `known_first` | `sampling`, `masking` |
 # | DDPM, DDIM, DPM-Solver | `SOLVERS`, `dpm_solver` | `diffusion`, `fast` |
-# | what is left out | `Reuse`, `FAST` | `reuse`, `sampling` |
+# | what is left out | `Reuse`, `FAST` | `fast` |
 #
 # The next chapter needs samples: it asks how good they are, and what a distance can and cannot say.

@@ -35,14 +35,13 @@ from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from mar_mini import MAR, configs, data, get_config
-from mar_mini.checkpoints import load_published
+from mar_mini import MAR, configs, data, get_config, load_published
+from mar_mini.checkpoints import empty
 from mar_mini.checks import full_size as check
 from mar_mini.planner import memory as planning
 from mar_mini.planner import work as costs
 from mar_mini.planner.rates import measure_rates
-from mar_mini.run import hub as published
-from mar_mini.run.hub import empty
+from mar_mini.run import hub
 from mar_mini.run.images import open_images
 from mar_mini.run.train import train_pipeline
 from mar_mini.training import train_mar
@@ -428,7 +427,7 @@ print(f"a step took {took:.2f} s, by the formula {predicted:.2f} s: {predicted /
 # The authors published the weights of all three models. Does your Hugging Face cache hold them?
 
 # %%
-at = [try_to_load_from_cache(published.REPOSITORY, published.FILES[name].name)
+at = [try_to_load_from_cache(hub.REPOSITORY, hub.FILES[name].name)
       for name in ("mar_base", "kl16")]
 if all(isinstance(path, str) for path in at):
     drawn = load_published(at[0], vae=at[1]).generate([207], num_iter=8, num_sampling_steps=25)
@@ -440,7 +439,7 @@ else:
 # %% [markdown]
 # **No picture of the published weights is stored here.** This course was made without network: the
 # command was never run with the real files (with stand-ins of the same names and shapes it was:
-# `tests/test_published.py`).
+# `tests/run/test_hub.py`).
 #
 # ## The recipe, line by line
 #

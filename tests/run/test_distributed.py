@@ -19,10 +19,11 @@ from distributed_worker import IDENTITY, Posteriors, losses, start
 
 from mar_mini import configs, load_pretrained
 from mar_mini.data import InMemory, fetch
-from mar_mini.run.distributed import Alone, join, started_by_torchrun
+from mar_mini.run.distributed import join, own_device
 from mar_mini.run.images import open_images
-from mar_mini.run.sharded import ShardedCheckpoints, open_checkpoints
+from mar_mini.run.state import Checkpoints
 from mar_mini.run.train import MASKED, recorded, train_latents, train_pipeline
+from mar_mini.training import Training, step_seed
 
 TESTS = Path(__file__).resolve().parent
 REPO = TESTS.parents[1]
@@ -33,9 +34,9 @@ ENVIRONMENT = {
 }
 
 
-def sharded(folder: Path, steps: int, identity: dict = IDENTITY) -> ShardedCheckpoints:
-    """A folder with the last two states of so many steps; one process wrote them, as many would."""
-    training, checkpoints = start(Alone()), ShardedCheckpoints(folder, identity, Alone())
+def saved(folder: Path, steps: int, identity: dict = IDENTITY) -> Checkpoints:
+    """A folder with the last two states of so many steps."""
+    training, checkpoints = start(), Checkpoints(folder, identity)
     for step in training:
         checkpoints.save(training)
         if step.step == steps:
@@ -55,7 +56,7 @@ def flip_a_bit(path: Path) -> None:
 @pytest.fixture(scope="module")
 def alone() -> dict:
     """The plain training: 20 steps."""
-    training = start(Alone())
+    training = start()
     rows = losses(training)
     average = training.ema.module.state_dict()
     return {"losses": rows, "average": {k: v.flatten().tolist() for k, v in average.items()}}
@@ -65,13 +66,13 @@ def alone() -> dict:
 def results(tmp_path_factory) -> dict:
     """What groups of processes made of their jobs, by name."""
     folder = tmp_path_factory.mktemp("distributed")
-    chain, file, bad, foreign = (str(folder / name) for name in ("chain", "file", "bad", "foreign"))
-    training = start(Alone())
+    chain, one, bad, foreign = (str(folder / name) for name in ("chain", "one", "bad", "foreign"))
+    training = start()
     losses(training, 4)
-    open_checkpoints(Path(file), IDENTITY, Alone()).save(training)
-    latest = sharded(Path(bad), 3).paths()[0]
+    Checkpoints(Path(one), IDENTITY).save(training)
+    latest = saved(Path(bad), 3).paths()[0]
     flip_a_bit(next(latest.glob("*.safetensors")))
-    sharded(Path(foreign), 1, {"config": "another"})
+    saved(Path(foreign), 1, {"config": "another"})
     groups = [
         (
             2,
@@ -89,8 +90,8 @@ def results(tmp_path_factory) -> dict:
             {
                 "2 fsdp": {},
                 "2 fsdp, 4 micro batches": {"accumulate": 4},
-                "file to 2 fsdp": {"folder": file, "until": 6},
-                "chain 1: 2 fsdp": {"folder": chain, "until": 5},
+                "1 to 2 fsdp": {"folder": one, "until": 6},
+                "chain 1: 2 fsdp": {"folder": chain, "until": 5, "full": [0, 1]},
             },
         ),
         (
@@ -160,13 +161,13 @@ def test_many_processes_have_the_losses_of_one(name, results, alone):
 
 
 def test_micro_batches_have_the_losses_of_one_batch(alone):
-    agree(losses(start(Alone(), accumulate=5)), alone["losses"])
+    agree(losses(start(accumulate=5)), alone["losses"])
 
 
 def test_the_losses_are_not_all_alike(alone):
     """The comparison has something to see: each step, and each other seed, has its own."""
     assert len({row[0] for row in alone["losses"]}) == 20
-    other = start(Alone())
+    other = start()
     other.seed = 4
     for a, b in zip(losses(other), alone["losses"], strict=True):
         assert abs(a[0] / b[0] - 1) > 1e-3
@@ -179,28 +180,34 @@ def test_a_batch_that_cannot_be_divided_is_refused():
         match=r"batch_size is 40; expected a multiple of 3 .1 processes "
         "with 3 micro batches each., such as 39",
     ):
-        start(Alone(), accumulate=3)
+        start(accumulate=3)
     with pytest.raises(ValueError, match="accumulate is 0; expected 1 or more"):
-        start(Alone(), accumulate=0)
+        start(accumulate=0)
+
+
+def one_of_four(rank: int, accumulate: int = 1) -> Training:
+    """What a training of four processes knows of itself before it talks to the others."""
+    training = start(accumulate=accumulate)
+    training.rank, training.world_size = rank, 4
+    training.slices = training.micro_batches()
+    return training
 
 
 def test_every_row_is_somebodys():
     rows = []
     for rank in range(4):
-        process = Alone()
-        process.rank, process.count = rank, 4
-        for part in process.micro_batches(48, accumulate=3):
-            rows.extend(range(48)[part])
-    assert rows == list(range(48))
+        for part in one_of_four(rank, accumulate=5).slices:
+            rows.extend(range(40)[part])
+    assert rows == list(range(40))
 
 
 def test_dropout_is_each_processs_own():
-    seeds = set()
+    seeds = []
     for rank in range(4):
-        process = Alone()
-        process.rank = rank
-        seeds.add(process.own_seed(5))
-    assert len(seeds) == 4 and Alone().own_seed(5) == 5
+        with torch.random.fork_rng():
+            next(one_of_four(rank).batches())
+            seeds.append(torch.initial_seed())
+    assert len(set(seeds)) == 4 and seeds[0] == step_seed(3, 0)
 
 
 # Data --------------------------------------------------------------------------------------------
@@ -238,8 +245,8 @@ def test_images_in_memory():
 
 
 def test_runs_go_on_across_processes_and_strategies(results, alone):
-    """Files of one process, folders of 2 and 4, FSDP and DDP, and back to one process."""
-    agree(results["file to 2 fsdp"]["losses"], alone["losses"][4:6])
+    """From one process to 2 and 4, FSDP and DDP, and back to one process."""
+    agree(results["1 to 2 fsdp"]["losses"], alone["losses"][4:6])
     places = [
         ("chain 1: 2 fsdp", 0, 5),
         ("chain 2: 4 fsdp", 5, 8),
@@ -249,17 +256,14 @@ def test_runs_go_on_across_processes_and_strategies(results, alone):
     for name, first, last in places:
         assert results[name]["from"] == first and not results[name]["refused"]
         agree(results[name]["losses"], alone["losses"][first:last])
-    training = start(Alone())
-    checkpoints = open_checkpoints(results["folders"]["chain"], IDENTITY, Alone())
+    training = start()
+    checkpoints = Checkpoints(results["folders"]["chain"], IDENTITY)
     assert {p.name for p in checkpoints.paths()} == {"state-000000011", "state-000000014"}
     checkpoints.restore(training)
     assert training.step == 14
     agree(losses(training), alone["losses"][14:])
     checkpoints.save(training)
-    assert [p.name for p in checkpoints.paths()] == [
-        "state-000000020.safetensors",
-        "state-000000014",
-    ]
+    assert [p.name for p in checkpoints.paths()] == ["state-000000020", "state-000000014"]
 
 
 def test_many_processes_agree_on_what_is_damaged_and_foreign(results, alone):
@@ -295,10 +299,10 @@ DAMAGES = {
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before_is_used(tmp_path, how):
     damage, message = DAMAGES[how]
-    checkpoints = sharded(tmp_path, 3)
+    checkpoints = saved(tmp_path, 3)
     latest, before = checkpoints.paths()
     damage(latest, next(latest.glob("*.safetensors")))
-    again = start(Alone())
+    again = start()
     restored = checkpoints.restore(again)
     assert restored.path == before and again.step == 2
     (refused,) = restored.refused
@@ -307,48 +311,24 @@ def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before_is_used(tmp_
 
 def test_nothing_is_unpickled(tmp_path):
     """A pickle where PyTorch's usual storage would look for one stays where it is."""
-    checkpoints = sharded(tmp_path / "state", 1)
+    checkpoints = saved(tmp_path / "state", 1)
     (path,) = checkpoints.paths()
     trap = tmp_path / "sprung"
     pickle = f"cos\nmkdir\n(S'{trap}'\ntR.".encode()
     assert not list(path.glob(".metadata")) and len(list(path.iterdir())) == 2
     (path / ".metadata").write_bytes(pickle)
     (path / "__0_0.distcp").write_bytes(pickle)
-    again = start(Alone())
+    again = start()
     assert checkpoints.restore(again).path == path and again.step == 1
     assert not trap.exists()
 
 
-def test_a_state_of_another_model_is_refused(tmp_path):
-    checkpoints = sharded(tmp_path, 1)
-    other = start(Alone())
-    with torch.no_grad():
-        other.model.fake_latent = torch.nn.Parameter(torch.zeros(2, 32))
-    restored = checkpoints.restore(other)
-    assert restored.path is None
-    assert "model.fake_latent (1, 32), this model (2, 32): it is of another" in restored.refused[0]
-
-
-def test_a_write_that_fails_leaves_the_last_good_one(tmp_path, monkeypatch):
-    checkpoints = sharded(tmp_path, 1)
-    (good,) = checkpoints.paths()
-    training = start(Alone())
-    checkpoints.restore(training)
-    next(training)
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("torch.distributed.checkpoint.filesystem.os.fsync", full)
-        with pytest.raises(OSError, match="could not be written"):
-            checkpoints.save(training)
-    assert checkpoints.paths() == [good]
-    assert checkpoints.restore(start(Alone())).path == good
-    again = ShardedCheckpoints(tmp_path, IDENTITY, Alone())
-    assert list(tmp_path.iterdir()) == [good]
-    assert again.save(training) == again.paths()[0]
-    assert again.save(training) == again.paths()[0]  # once more in its place
+def test_a_write_that_fails_in_one_process_fails_in_all(results):
+    for errors in results["chain 1: 2 fsdp"]["errors"]:
+        assert len(errors) == 2 and len(set(errors)) == 1
+        assert errors[0].endswith(
+            "state-000000005 could not be written: [Errno 28] No space left on device"
+        )
 
 
 # Recipes -----------------------------------------------------------------------------------------
@@ -425,13 +405,22 @@ def test_many_processes_need_a_trained_autoencoder(tmp_path):
         next(run)
 
 
-def test_without_torchrun_one_process_is_alone():
-    assert not started_by_torchrun()
-    with join("fsdp") as processes:
-        assert type(processes) is Alone
+def test_without_torchrun_one_process_is_alone(monkeypatch):
+    assert not torch.distributed.is_torchelastic_launched()
+    with join("fsdp") as kind:
+        assert kind is Training
     with pytest.raises(ValueError, match="unknown strategy 'fdsp'; expected one of: ddp, fsdp"):
         with join("fdsp"):
             pass
+    assert own_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert own_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert own_device("auto") == torch.device("cuda")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert own_device("auto") == own_device("cuda") == torch.device("cuda:3")
+    assert own_device("cpu") == torch.device("cpu")
 
 
 # A death -----------------------------------------------------------------------------------------
