@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mar_mini.checkpoints import build, load_weights, save_weights
+from mar_mini.checkpoints import empty, load_weights, save_weights
 from mar_mini.configs import VAEConfig, from_json, get_config
 from mar_mini.data import data_dir, normalise
 from mar_mini.run.distributed import own_device
@@ -163,7 +163,7 @@ def open_vae(name: str | Path, preset: str | None = None) -> tuple[AutoencoderKL
         )
     if config is None:
         raise ValueError(f"{preset or folder} has no autoencoder; its tokens are pixels")
-    vae = build(config).eval()
+    vae = empty(config).to_empty(device="cpu").eval()
     load_weights(vae, folder / "vae.safetensors")
     return vae, config
 
