@@ -19,10 +19,10 @@ from distributed_worker import IDENTITY, Posteriors, losses, start
 
 from mar_mini import configs, load_pretrained
 from mar_mini.data import InMemory, fetch
-from mar_mini.run.distributed import join, own_device
+from mar_mini.run.distributed import DistributedTraining, join, own_device
 from mar_mini.run.sources import open_images
 from mar_mini.run.state import Checkpoints
-from mar_mini.run.train import MASKED, recorded, train_latents, train_pipeline
+from mar_mini.run.train import MASKED, TrainingRun, TrainOptions, train, watch
 from mar_mini.training import Training, step_seed
 
 TESTS = Path(__file__).resolve().parent
@@ -362,46 +362,35 @@ def tiny_preset(**changes) -> configs.Config:
 
 def test_latents_that_are_there_already(tmp_path):
     """Trained and resumed; the pipeline knows their scale and classes."""
-    run = train_latents(tiny_preset(), Posteriors(), folder=tmp_path)
+    run = TrainingRun(tiny_preset(), Posteriors(), folder=tmp_path)
     progress = next(run)
     assert progress.stage == MASKED and progress.step.step == 1
-    while True:
-        try:
-            next(run)
-        except StopIteration as end:
-            pipeline = end.value
-            break
+    assert len(list(run)) == 2
+    pipeline = run.pipeline
     assert pipeline.latent_scale == 0.5 and pipeline.classes == [str(i) for i in range(10)]
     assert pipeline.card["steps"] == 3
-    assert list(train_latents(tiny_preset(), Posteriors(), folder=tmp_path)) == []
+    assert list(TrainingRun(tiny_preset(), Posteriors(), folder=tmp_path)) == []
     another = Posteriors()
     another.labels = another.labels.flip(0)
     with pytest.raises(ValueError, match="is of another run .data is"):
-        next(train_latents(tiny_preset(), another, folder=tmp_path))
+        next(TrainingRun(tiny_preset(), another, folder=tmp_path))
 
 
-def test_latents_of_other_classes_are_refused():
+def test_latents_of_other_classes_are_refused(tmp_path):
     three = Posteriors()
     three.classes = ["a", "b", "c"]
     with pytest.raises(ValueError, match="3 classes, but preset 'digits' is made for 10"):
-        train_latents(tiny_preset(), three)
+        TrainingRun(tiny_preset(), three)
     with pytest.raises(ValueError, match="preset 'kl16' has no MAR to train"):
-        train_latents(configs.get_config("kl16"), three)
+        train(options=TrainOptions(config="kl16", latents=tmp_path))
 
 
 def test_many_processes_need_a_trained_autoencoder(tmp_path):
-    many = Alone()
-    many.count = 2
     images = open_images("cifar10_mini")
-    run = train_pipeline(
-        configs.get_config("cifar10"),
-        images.images[:64].float() / 127.5 - 1,
-        images.labels[:64],
-        images.classes,
-        folder=tmp_path,
-        processes=many,
-    )
-    with pytest.raises(ValueError, match="no trained autoencoder in .*give the command without"):
+    images = replace(images, images=images.images[:64], labels=images.labels[:64])
+    cifar10 = configs.get_config("cifar10")
+    run = TrainingRun(cifar10, images, folder=tmp_path, kind=DistributedTraining)
+    with pytest.raises(ValueError, match="no trained autoencoder in .*give the command with"):
         next(run)
 
 
@@ -435,25 +424,12 @@ def torchrun(out: Path, count: int) -> subprocess.Popen:
         "torch.distributed.run",
         f"--nproc-per-node={count}",
         "--standalone",
-        REPO / "recipes" / "train.py",
-        "--config",
-        "digits",
-        "--data",
-        "digits",
-        "--out",
-        out,
-        "--steps",
-        str(STEPS),
-        "--strategy",
-        "fsdp",
-        "--precision",
-        "float32",
-        "--device",
-        "cpu",
-        "--save-minutes",
-        "0",
-        "--accumulate",
-        "2",
+        "-m",
+        "mar_mini",
+        "train",
+        *("--config", "digits", "--out", str(out), "--max-steps", str(STEPS)),
+        *("--strategy", "fsdp", "--precision", "float32", "--device", "cpu"),
+        *("--save-minutes", "0", "--accumulate", "2", "--no-samples"),
     ]
     return subprocess.Popen(
         command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT
@@ -478,7 +454,7 @@ def worker_of(agent: int, rank: int) -> int:
 def test_a_process_is_killed_and_the_same_command_goes_on(tmp_path):
     """The others end, the message names it, and the run ends with the losses of an undisturbed one.
 
-    The losses of all steps are in the history that the recipe writes.
+    The losses of all steps are in the history that the command writes.
     """
     out, whole = tmp_path / "out", tmp_path / "whole"
     agent = torchrun(out, 2)
@@ -501,17 +477,10 @@ def test_a_process_is_killed_and_the_same_command_goes_on(tmp_path):
     assert agent.returncode == 0, text
     started = int(re.search(r"training the masked .* from step (\d+)", text).group(1))
     assert 6 <= started <= 9  # the step after the last one that was saved
-    images = open_images("digits")
     config = configs.get_config("digits")
-    config = replace(
-        config,
-        training=replace(config.training, max_steps=STEPS, max_seconds=None, precision="float32"),
-    )
-    from mar_mini.data import normalise
-
-    run = train_pipeline(config, normalise(images.images), images.labels, images.classes)
-    for _ in recorded(run, whole, moments=()):
-        pass
+    budget = {"max_steps": STEPS, "max_seconds": None}
+    config = replace(config, training=replace(config.training, precision="float32", **budget))
+    watch(TrainingRun(config, open_images("digits")), whole, moments=())
     got, want = (
         json.loads((folder / "history_masked.json").read_text()) for folder in (out, whole)
     )
