@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from mar_mini.files import write_atomically
 from mar_mini.mar import MAR
 from mar_mini.planner.fit import fit_training
 from mar_mini.planner.memory import parameters
-from mar_mini.run.distributed import gather, join, own_device
+from mar_mini.run.distributed import get_rank, in_all, join, own_device
 from mar_mini.run.images import ImageSet, open_images
 from mar_mini.run.latents import LatentShards
 from mar_mini.run.state import Checkpoints, History, Interrupted, resumable
@@ -261,11 +260,11 @@ def train(what: Literal["mar", "vae"] = "mar", *, options: TrainOptions = TrainO
         raise ValueError("TensorBoard is not installed; run: pip install tensorboard")
     out = Path(options.out or Path("build") / config.name)
     with join(options.strategy, device) as kind:
-        rank = dist.get_rank() if dist.is_initialized() else 0
+        rank = get_rank()
         # GPU memory that is free; a CPU is not planned for unless it is asked for
         memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
         memory = memory if options.memory_gb is None else 1e9 * options.memory_gb
-        known = gather(lambda rank, size: memory)
+        known = in_all(lambda rank, size: memory)
         if what == "mar":
             config = fit_training(
                 config,
