@@ -361,10 +361,11 @@ def watch(
         if progress.stage != stage:
             stage = progress.stage
             history = History(folder / f"history_{stage.split()[0]}.json")
-            batch, parts = run.training.config.batch_size, run.training.config.accumulate
+            own = run.training.config
             bar.write(
-                f"training the {stage} from step {step.step}; batch size {batch} = "
-                f"{run.training.world_size} processes x {parts} micro batches"
+                f"training the {stage} from step {step.step}: batch size {own.batch_size} = "
+                f"{run.training.world_size} processes x {own.accumulate} micro batches, "
+                f"learning rate {own.learning_rate:.3g}, {own.max_steps or 'any number of'} steps"
             )
         line = ", ".join(f"{name} {value:.4f}" for name, value in terms.items())
         line = f"step {step.step}, {step.images_seen / step.seconds:.0f} images/s, {line}"
