@@ -132,7 +132,8 @@ def untrained(config: Config, seed: int = 0, dtype: torch.dtype = torch.float32)
     try:
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            mar, vae = build(config.mar).eval(), config.vae and build(config.vae).eval()
+            mar = MAR(**asdict(config.mar)).eval()
+            vae = config.vae and AutoencoderKL(**asdict(config.vae)).eval()
     finally:
         torch.set_default_dtype(before)
     card = {"config": config.name, "seed": seed, "trained": False}
@@ -140,15 +141,10 @@ def untrained(config: Config, seed: int = 0, dtype: torch.dtype = torch.float32)
     return Pipeline(mar, vae, 1.0, config.sampling.clip, classes, config.sampling, card)
 
 
-def build(config: MARConfig | VAEConfig) -> MAR | AutoencoderKL:
-    """The model of a configuration, with random weights."""
-    return (MAR if isinstance(config, MARConfig) else AutoencoderKL)(**asdict(config))
-
-
 def empty(config: MARConfig | VAEConfig) -> MAR | AutoencoderKL:
     """The model of a configuration, without memory for its weights."""
     with torch.device("meta"):
-        return build(config)
+        return (MAR if isinstance(config, MARConfig) else AutoencoderKL)(**asdict(config))
 
 
 def misfit(own: dict[str, Tensor], found: dict[str, Tensor]) -> str:

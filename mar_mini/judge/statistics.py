@@ -23,9 +23,9 @@ from mar_mini.data import data_dir
 from mar_mini.fast import FAST
 from mar_mini.files import write_atomically
 from mar_mini.judge.features import NUM_FEATURES, features_of, load_features
+from mar_mini.run.distributed import own_device
 from mar_mini.run.generate import check_complete
 from mar_mini.run.images import Pictures, check_readable, crops, open_pictures
-from mar_mini.run.parts import place
 
 ENOUGH, INCEPTION = 10_000, 2048
 STORED = {torch.float32: torch.float16, torch.int64: torch.uint8}
@@ -91,11 +91,11 @@ class Reference:
         known = {"features": self.features, "count": self.count, "image_size": self.image_size}
         known = {key: value for key, value in known.items() if value is not None}
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".npz":
+        if path.suffix != ".safetensors":
             np.savez(data := io.BytesIO(), mu=self.mean.numpy(), sigma=self.cov.numpy(), **known)
             return write_atomically(path, lambda temporary: temporary.write_bytes(data.getbuffer()))
         names = ("mean", "cov", "train", "test", "train_labels", "test_labels")
-        tensors = {name: getattr(self, name) for name in names}
+        tensors = {name: x for name in names if (x := getattr(self, name)) is not None}
         tensors = {name: x.to(STORED.get(x.dtype, x.dtype)) for name, x in tensors.items()}
         card = {"features": self.features, "train_count": str(self.count)}
         write_atomically(path, lambda temporary: save_file(tensors, temporary, card))
@@ -104,7 +104,7 @@ class Reference:
     def load(cls, path: Path) -> "Reference":
         """Raises ValueError if the file is missing or damaged, or holds something else."""
         try:
-            if path.suffix == ".npz":
+            if path.suffix != ".safetensors":
                 with np.load(path) as file:
                     x = {key: file[key] for key in file}
                 known = {k: x[k].item() for k in ("features", "count", "image_size") if k in x}
@@ -188,7 +188,6 @@ def picture_side(pictures: Pictures) -> int:
     return width
 
 
-@torch.no_grad()
 def features_in(
     pictures: Pictures, network: nn.Module, size: int | None = None, **reading: int
 ) -> Iterator[Float[Tensor, "B D"]]:
@@ -269,7 +268,11 @@ def judge_images(images, statistics, write_statistics, size, split, workers) -> 
     if statistics is None and write_statistics is None:
         raise ValueError("give --statistics FILE to compare with, or --write-statistics FILE")
     known = None if statistics is None else Reference.load(statistics)
-    pictures, network, features = open_pictures(images, split), load_features().to(place()), []
+    pictures, network, features = (
+        open_pictures(images, split),
+        load_features().to(own_device()),
+        [],
+    )
     check_complete(Path(images), len(pictures))
     side = size or picture_side(pictures)
     if known is not None:

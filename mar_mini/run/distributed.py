@@ -93,10 +93,6 @@ def own_device(kind: str = "auto") -> torch.device:
     return torch.device(kind)
 
 
-def get_rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def in_all(work: Callable) -> list:
     """What `work(rank, world_size)` gives in each process; an OSError of one is raised in all."""
     if not dist.is_initialized():

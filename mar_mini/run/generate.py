@@ -19,7 +19,8 @@ from mar_mini.checkpoints import Pipeline, untrained
 from mar_mini.configs import get_config
 from mar_mini.data import step_generator
 from mar_mini.fast import FAST
-from mar_mini.run.parts import claim, fill, parse_part, pieces, place, read_card, weights_checksum
+from mar_mini.run.distributed import own_device
+from mar_mini.run.parts import claim, fill, parse_part, pieces, read_card, weights_checksum
 
 IDENTITY = "generated.json"
 
@@ -154,7 +155,7 @@ def generate(
     settings = {**(FAST if fast else {}), **settings}
     pipeline, mine = load_pretrained(model), parse_part(part)
     for network in filter(None, (pipeline.mar, pipeline.vae)):
-        network.to(place())
+        network.to(own_device())
     sizes = {"batch_size": batch_size, "shard_size": shard_size}
     steps = write_images(pipeline, out, count, part=mine, seed=seed, png=png, **sizes, **settings)
     with tqdm(total=count // mine[1], desc="generating", unit="image") as bar:
@@ -195,8 +196,6 @@ def sample(
     """
     from tqdm import tqdm
 
-    from mar_mini import load_pretrained
-    from mar_mini.fast import FAST
     from mar_mini.viz import figures
 
     settings = {**(FAST if fast else {}), **settings}

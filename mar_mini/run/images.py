@@ -406,7 +406,8 @@ def fetch_imagenette64(folder: Path | None) -> Iterator[str]:
             splits[split] = ImageSet(images, torch.tensor(rows["label"][:]), class_names(rows))
             continue
         found = (sorted(folder.glob(f"*{name}*.parquet")) for name in names)
-        if (files := next(filter(None, found), None)) is None:
+        files = next(filter(None, found), None)
+        if files is None:
             raise ValueError(f"no parquet file called *{' or *'.join(names)}* in {folder}")
         yield f"reading {files[0]}"
         splits[split] = crop_all(ParquetPictures(files), 64)

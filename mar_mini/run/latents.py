@@ -22,11 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mar_mini.checkpoints import load_weights, save_weights
+from mar_mini.checkpoints import empty, load_weights, save_weights
 from mar_mini.configs import VAEConfig, from_json, get_config
 from mar_mini.data import data_dir, normalise
+from mar_mini.run.distributed import own_device
 from mar_mini.run.images import Pictures, check_readable, crops, open_pictures
-from mar_mini.run.parts import claim, fill, parse_part, pieces, place, read_card, weights_checksum
+from mar_mini.run.parts import claim, fill, parse_part, pieces, read_card, weights_checksum
 from mar_mini.run.state import checksum
 from mar_mini.sampling import evaluating
 from mar_mini.vae import AutoencoderKL, DiagonalGaussian
@@ -162,7 +163,7 @@ def open_vae(name: str | Path, preset: str | None = None) -> tuple[AutoencoderKL
         )
     if config is None:
         raise ValueError(f"{preset or folder} has no autoencoder; its tokens are pixels")
-    vae = AutoencoderKL(**asdict(config)).eval()
+    vae = empty(config).to_empty(device="cpu").eval()
     load_weights(vae, folder / "vae.safetensors")
     return vae, config
 
@@ -296,7 +297,7 @@ def latents(
         options = {"side": size or vae_config.resolution, "shard_size": shard_size, "part": mine}
         options |= {"batch_size": batch_size, "workers": workers, "command": command}
         options |= {"skip_unreadable": skip_unreadable}
-        steps = write_latents(model.to(place()), vae_config, pictures, out, **options)
+        steps = write_latents(model.to(own_device()), vae_config, pictures, out, **options)
         with tqdm(total=len(pictures) // mine[1], desc="encoding", unit="picture") as bar:
             for number in steps:
                 bar.update(number)

@@ -5,13 +5,10 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from mar_mini.files import write_atomically
 from mar_mini.run.state import checksum, differing
-
-Writers = dict[Path, Callable[[Path], object]]  # file -> what fills it
 
 
 def parse_part(text: str | None = None) -> tuple[int, int]:
@@ -37,14 +34,11 @@ def fill(
     files: Callable[[int], list[Path]],
     make: Callable[[int], Iterator[int]],
 ) -> Iterator[int]:
-    """Make the pieces of one part; yields how many rows are done, after each batch.
-
-    A piece is there wholly or not at all, and what is there is not made again: after a kill give
-    the same again.
+    """Make the missing pieces of a part; yields how many rows are done, after each batch.
 
     part   (I, N): only pieces I, I + N, I + 2N, ...
-    files  number of a piece -> the files of it
-    make   yields as this does; returns what writes each of the files
+    files  number of a piece -> its files, which are there wholly or not at all
+    make   number of a piece -> yields as this does, returns what writes each of its files
     """
     for number in range(part[0], len(ranges), part[1]):
         paths = files(number)
@@ -77,18 +71,9 @@ def read_card(path: Path) -> dict:
     """What `claim` wrote. Raises ValueError if it is damaged."""
     try:
         return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged; remove it and give the command that made it again"
-        ) from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged; remove it and give its command again") from error
 
 
 def weights_checksum(model: nn.Module) -> int:
     return checksum({name: x.cpu() for name, x in model.state_dict().items()})
-
-
-def place() -> str:
-    """The device of this process: cuda (of this rank under torchrun) where there is one, or cpu."""
-    if torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return "cpu"

@@ -124,14 +124,14 @@ class Checkpoints:
 def load(path: Path, identity: dict, training: Training) -> None:
     """Go on from a checkpoint. Raises ValueError, and changes nothing, if it does not fit."""
     try:
-        content = {} if path.is_file() else json.loads(in_first((path / RUN).read_text))
+        content = {} if path.is_file() else json.loads(in_first((path / RUN).read_bytes))
         found = checksums(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no complete checkpoint ({error})") from error
     if "run" not in content:
         raise Foreign(f"{path} is of an earlier version of mar_mini")
     run, found[RUN] = content["run"], zlib.crc32(json.dumps(content["run"]).encode())
-    files = {**run["files"], RUN: content["checksum"]}
+    files = {**run.get("files", {}), RUN: content.get("checksum")}
     if odd := ", ".join(sorted(found.keys() ^ files.keys())):
         raise ValueError(f"{path} is damaged ({odd}: missing, or not of this checkpoint)")
     for name, value in found.items():

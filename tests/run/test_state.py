@@ -178,6 +178,20 @@ def test_damaged_ones_do_not_push_out_good_ones(tmp_path):
     assert [path.name for path in checkpoints.paths()] == ["state-000000006", "state-000000005"]
 
 
+def test_no_bit_of_the_description_may_change(tmp_path):
+    training, checkpoints = start(), Checkpoints(tmp_path, IDENTITY)
+    for _ in range(2):
+        next(training)
+        checkpoints.save(training)
+    latest, before = checkpoints.paths()
+    whole = (latest / "run.json").read_bytes()
+    for place in range(0, len(whole), 5):
+        changed = bytearray(whole)
+        changed[place] ^= 0x80 if place % 2 else 1
+        (latest / "run.json").write_bytes(bytes(changed))
+        assert checkpoints.restore(start()).path == before, bytes(changed)
+
+
 @pytest.mark.parametrize("earlier", ["file", "folder"])
 def test_a_state_of_an_earlier_version_is_not_ignored(tmp_path, earlier):
     path = tmp_path / "state-000000003"
