@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from mar_mini.files import write_atomically
 from mar_mini.mar import MAR
 from mar_mini.planner.fit import fit_training
 from mar_mini.planner.memory import parameters
-from mar_mini.run.distributed import in_all, join, own_device
+from mar_mini.run.distributed import get_rank, in_all, join, own_device
 from mar_mini.run.images import ImageSet, open_images
 from mar_mini.run.latents import LatentShards
 from mar_mini.run.state import Checkpoints, History, Interrupted, resumable
@@ -261,7 +260,7 @@ def train(what: Literal["mar", "vae"] = "mar", *, options: TrainOptions = TrainO
         raise ValueError("TensorBoard is not installed; run: pip install tensorboard")
     out = Path(options.out or Path("build") / config.name)
     with join(options.strategy, device) as kind:
-        rank = dist.get_rank() if dist.is_initialized() else 0
+        rank = get_rank()
         # GPU memory that is free; a CPU is not planned for unless it is asked for
         memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
         memory = memory if options.memory_gb is None else 1e9 * options.memory_gb
@@ -362,10 +361,11 @@ def watch(
         if progress.stage != stage:
             stage = progress.stage
             history = History(folder / f"history_{stage.split()[0]}.json")
-            batch, parts = run.training.config.batch_size, run.training.config.accumulate
+            own = run.training.config
             bar.write(
-                f"training the {stage} from step {step.step}; batch size {batch} = "
-                f"{run.training.world_size} processes x {parts} micro batches"
+                f"training the {stage} from step {step.step}: batch size {own.batch_size} = "
+                f"{run.training.world_size} processes x {own.accumulate} micro batches, "
+                f"learning rate {own.learning_rate:.3g}, {own.max_steps or 'any number of'} steps"
             )
         line = ", ".join(f"{name} {value:.4f}" for name, value in terms.items())
         line = f"step {step.step}, {step.images_seen / step.seconds:.0f} images/s, {line}"
