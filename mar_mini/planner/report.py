@@ -141,9 +141,10 @@ def describe(
         model, count = empty(mar), planning.parameters(config)
         tokens = model.seq_len
         notes["mar"] = (
-            f"{mar.encoder_depth} blocks, width {mar.encoder_embed_dim}, {mar.encoder_num_heads} heads",
-            f"{mar.decoder_depth} blocks, width {mar.decoder_embed_dim}, {mar.decoder_num_heads} heads; "
-            "from the encoder's width to its own",
+            f"{mar.encoder_depth} blocks, width {mar.encoder_embed_dim}, "
+            f"{mar.encoder_num_heads} heads",
+            f"{mar.decoder_depth} blocks, width {mar.decoder_embed_dim}, "
+            f"{mar.decoder_num_heads} heads; from the encoder's width to its own",
             f"{mar.diffloss_d} blocks, width {mar.diffloss_w}",
             f"{mar.class_num} classes, {mar.buffer_size} buffer tokens, {tokens} tokens of "
             f"{model.token_embed_dim} values",
@@ -168,7 +169,7 @@ def describe(
         return
 
     def fitting(name: str, need: dict[str, float], size: int | None = None) -> str:
-        """One way to do it: its memory, and the batch that fits; to train, the preset's in parts."""
+        """One way to do it: its memory, and the batch that fits; to train, in micro batches."""
         line = f"  {name:<34}{si(sum(need.values())) + 'B':>7}"
         if memory:
             line += (

@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
+from mar_mini.planner.rates import measure_rates
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,7 +41,6 @@ from mar_mini.checkpoints import empty
 from mar_mini.checks import full_size as check
 from mar_mini.planner import memory as planning
 from mar_mini.planner import work as costs
-from mar_mini.planner.rates import measure_rates
 from mar_mini.run import hub
 from mar_mini.run.images import open_images
 from mar_mini.run.train import TrainingRun
