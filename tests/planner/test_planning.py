@@ -484,7 +484,8 @@ def test_training_is_planned_before_it_starts():
     with pytest.raises(
         ValueError,
         match=(
-            r"training 2048 images at a time from 'mar_base' in bfloat16 needs (6[5-9]|7[0-3])\d\.\d+ "
+            r"training 2048 images at a time from 'mar_base' in bfloat16 needs "
+            r"(6[5-9]|7[0-3])\d\.\d+ "
             r"GB of memory, 80\.00 GB are available; what would fit: --accumulate 16; "
             r"--checkpoint-activations --accumulate 4; --batch-size \d+$"
         ),
