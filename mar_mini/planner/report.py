@@ -10,34 +10,23 @@ import torch
 
 from mar_mini.configs import Config, get_config
 from mar_mini.planner import memory as planning
-from mar_mini.planner.work import (
-    Counter,
-    Work,
-    autoencoder_work,
-    empty,
-    meta,
-    total_flops,
-    training_work,
-)
+from mar_mini.planner import work as costs
 from mar_mini.transformer import Block
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second: FLOPs of products, bytes read and written; seconds to start
-    an operation.
-    """
+    """FLOPs of products and bytes moved in a second; seconds to start an operation."""
 
     flops: float
     bytes: float
     start: float = 0.0
 
-    def seconds(self, work: Work) -> float:
+    def seconds(self, work: costs.Work) -> float:
         """Products take the longer of what they compute and what they move; the rest moves."""
         products = np.maximum(work.flops / self.flops, work.product_bytes / self.bytes)
-        return float(
-            np.sum(products + work.other_bytes / self.bytes + work.operations * self.start)
-        )
+        others = work.other_bytes / self.bytes + work.operations * self.start
+        return float(np.sum(products + others))
 
 
 @torch.no_grad()
@@ -59,10 +48,10 @@ def measure_rates(dtype: str = "float32", clock: Callable[[], float] = time.perf
         return statistics.median(seconds[1:])
 
     start = median(lambda: [tiny(x) for _ in range(50)], 9) / 50
-    operations = Counter().run(lambda: tiny.to("meta")(meta(1, 2, 8)))[1].operations
     copied = median(lambda: target.copy_(source))
+    _, work = costs.Counter().run(lambda: tiny.to("meta")(x.to("meta")))
     return Rates(
-        2 * 1024**3 / median(lambda: a @ b), 2 * source.nbytes / copied, start / operations
+        2 * 1024**3 / median(lambda: a @ b), 2 * source.nbytes / copied, start / work.operations
     )
 
 
@@ -100,21 +89,57 @@ def si(number: float) -> str:
     return f"{number:.{digits}f} {' kMGTPEZ'[power].strip()}"
 
 
-def amounts(work: dict[str, Work], rates: Rates | None) -> Iterator[str]:
+def tree(config: Config) -> Iterator[str]:
+    """Parameters by model and part, and what each is made of."""
+    mar, vae, found, heads = (
+        config.mar,
+        config.vae,
+        planning.parts(config),
+        "{} blocks, width {}, {} heads",
+    )
+    if mar:
+        model, depths = costs.empty(mar), (mar.encoder_depth, mar.decoder_depth)
+        widths = (mar.encoder_embed_dim, mar.decoder_embed_dim)
+        both = (mar.encoder_num_heads, mar.decoder_num_heads)
+        encoder, decoder = map(heads.format, depths, widths, both)
+        yield from branch(
+            "MAR",
+            found["mar"],
+            encoder,
+            f"{decoder}; from the encoder's width to its own",
+            f"{mar.diffloss_d} blocks, width {mar.diffloss_w}",
+            f"{mar.class_num} classes, {mar.buffer_size} buffer tokens, {model.seq_len} tokens of "
+            f"{model.token_embed_dim} values",
+        )
+    if vae:
+        widths, blocks = ", ".join(str(vae.ch * mult) for mult in vae.ch_mult), vae.num_res_blocks
+        yield from branch(
+            "AutoencoderKL",
+            found["autoencoder"],
+            f"widths {widths}; {blocks} residual blocks each",
+            f"the same backwards, {blocks + 1} residual blocks each",
+            f"{vae.z_channels} channels, a {2 ** (len(vae.ch_mult) - 1)}th of a side"
+            f"{'; the linear path' if vae.linear_path else ''}",
+        )
+
+
+def branch(name: str, found: dict[str, int], *notes: str) -> Iterator[str]:
+    yield f"  {name:<16}{sum(found.values()):>14,}"
+    for (part, number), note in zip(found.items(), notes, strict=True):
+        yield f"    {part:<14}{number:>14,}   {note}"
+
+
+def amounts(work: dict[str, costs.Work], rates: Rates | None) -> Iterator[str]:
     """FLOPs by part, and seconds where the rates are known."""
-    rows = {
-        name: (total_flops({"": part}), rates and rates.seconds(part))
-        for name, part in work.items()
-    }
-    seconds = rates and sum(took for _, took in rows.values())
-    for name, (flops, took) in (rows | {"together": (total_flops(work), seconds)}).items():
-        took = "" if took is None else f"{took:>14.3f} s"
-        yield f"  {name:<14}{si(flops) + 'FLOP' if flops else '-':>14}{took}"
+    rows = {name: [name] for name in work} | {"together": list(work)}
+    for row, names in rows.items():
+        flops = costs.total_flops({name: work[name] for name in names})
+        took = f"{sum(rates.seconds(work[name]) for name in names):>14.3f} s" if rates else ""
+        yield f"  {row:<14}{si(flops) + 'FLOP' if flops else '-':>14}{took}"
 
 
 def describe(
     config: Config,
-    *,
     batch_size=16,
     rates: Rates | None = None,
     memory: float | None = None,
@@ -127,79 +152,50 @@ def describe(
     batch_size  images of a training step on one device, and of one sampling
     rates       of the device, None if no times are asked for
     memory      bytes that the device has, None if nothing is to fit
-    dtype       of the products whose times are told, "float32" or "bfloat16"
-    gpu         whether the device of the training is one, where attention is fused
-    given       settings of `planning.plan_sampling`
+    dtype, gpu  of the products whose times are told; whether attention is fused in training
+    given       settings of sampling that are not the preset's
 
     Raises ValueError for a batch or a number of steps that cannot be.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
-    mar, vae, own = config.mar, config.vae, planning.chosen(config, given)
-    notes, found = {}, planning.parts(config)
-    if mar:
-        model, count = empty(mar), planning.parameters(config)
-        tokens = model.seq_len
-        notes["mar"] = (
-            f"{mar.encoder_depth} blocks, width {mar.encoder_embed_dim}, "
-            f"{mar.encoder_num_heads} heads",
-            f"{mar.decoder_depth} blocks, width {mar.decoder_embed_dim}, "
-            f"{mar.decoder_num_heads} heads; from the encoder's width to its own",
-            f"{mar.diffloss_d} blocks, width {mar.diffloss_w}",
-            f"{mar.class_num} classes, {mar.buffer_size} buffer tokens, {tokens} tokens of "
-            f"{model.token_embed_dim} values",
-        )
-    if vae:
-        widths = ", ".join(str(vae.ch * mult) for mult in vae.ch_mult)
-        notes["autoencoder"] = (
-            f"widths {widths}; {vae.num_res_blocks} residual blocks each",
-            f"the same backwards, {vae.num_res_blocks + 1} residual blocks each",
-            f"{vae.z_channels} channels, a {2 ** (len(vae.ch_mult) - 1)}th of a side"
-            f"{'; the linear path' if vae.linear_path else ''}",
-        )
+    mar, vae = config.mar, config.vae
     yield f"{config.name}: parameters"
-    for name, sizes in found.items():
-        title = {"mar": "MAR", "autoencoder": "AutoencoderKL"}[name]
-        yield f"  {title:<16}{sum(sizes.values()):>14,}"
-        for (part, number), note in zip(sizes.items(), notes[name], strict=True):
-            yield f"    {part:<14}{number:>14,}   {note}"
+    yield from tree(config)
     if not mar:
         yield f"\nautoencoder, {batch_size} images of {vae.resolution}x{vae.resolution}"
-        yield from amounts(autoencoder_work(vae, batch_size, vae.resolution, dtype)[0], rates)
+        yield from amounts(costs.autoencoder_work(vae, batch_size, vae.resolution, dtype)[0], rates)
         return
 
-    def fitting(name: str, need: dict[str, float], size: int | None = None) -> str:
-        """One way to do it: its memory, and the batch that fits; to train, in micro batches."""
+    def fitting(name: str, need: dict[str, float], train: bool = False) -> str:
+        """One way to do it: its memory, and the batch that fits; the preset's in micro batches."""
         line = f"  {name:<34}{si(sum(need.values())) + 'B':>7}"
         if memory:
-            line += (
-                f", batch {planning.largest_batch(need, batch_size, memory)} fits in {si(memory)}B"
-            )
-        if memory and size:
-            image = (need["activations"] + need["at work"]) / batch_size
-            whole = config.training.batch_size
-            micro, times = planning.plan_run(count, image, memory / 1e9, whole, size=size)
-            line += f" ({whole} as {times} x {micro})" if micro else ""
+            most = planning.largest_batch(need, batch_size, memory)
+            line += f", batch {most} fits in {si(memory)}B"
+            micro, times = planning.divide(config.training.batch_size, most) if train else (0, 0)
+            line += f" ({micro * times} as {times} x {micro})" if micro else ""
         return f"{line}: {', '.join(f'{kind} {si(n)}B' for kind, n in need.items() if n)}"
 
+    tokens = costs.empty(mar).seq_len
     masked = tokens * planning.mean_mask_ratio(mar.mask_ratio_min)
     yield f"\na training step, {batch_size} images ({masked:.0f} of {tokens} tokens masked)"
-    yield from amounts(training_work(mar, batch_size, parameters=count, dtype=dtype), rates)
+    yield from amounts(costs.training_work(mar, batch_size, dtype=dtype), rates)
     for name, kind in (("float32", "float32"), ("bfloat16 autocast", "bfloat16")):
         for less in (False, True):
             way = replace(mar, grad_checkpointing=less)
-            need = planning.training_memory(way, batch_size, dtype=kind, gpu=gpu)
-            yield fitting(name + ", checkpointing" * less, need, getattr(torch, kind).itemsize)
+            need = planning.training_memory(way, batch_size, None, kind, gpu)
+            yield fitting(name + ", checkpointing" * less, need, True)
 
-    _, work = planning.plan_sampling(config, batch_size, dtype, float("inf"), **given)
+    settings = planning.sampling_settings(config, given)
+    guidance = f"guidance {settings.cfg:g}" if settings.cfg != 1 else "no guidance"
     yield (
-        f"\nsampling, {batch_size} images ({own.num_iter} iterations, {own.num_sampling_steps} "
-        f"diffusion steps, {f'guidance {own.cfg:g}' if own.cfg != 1 else 'no guidance'})"
+        f"\nsampling, {batch_size} images ({settings.num_iter} iterations, "
+        f"{settings.num_sampling_steps} diffusion steps, {guidance})"
     )
-    yield from amounts(work, rates)
+    yield from amounts(costs.sampling_work(config, batch_size, settings, dtype), rates)
     for kind in ("float32", "bfloat16"):
-        need = planning.sampling_memory(config, batch_size, own.num_iter, own.cfg != 1, kind)
-        yield fitting(kind, need)
+        yield fitting(kind, planning.sampling_memory(config, batch_size, settings, kind))
 
 
 def info(
@@ -218,7 +214,7 @@ def info(
 ) -> int:
     """Say what a preset is made of, and what memory and time it takes to train and to sample.
 
-    Nothing is trained and no image is made: its operations are counted.
+    No memory is taken and nothing is computed: its operations are counted.
 
     Args:
         preset: name of the preset.
@@ -237,16 +233,7 @@ def info(
     if memory_gb is not None and memory_gb <= 0:
         raise ValueError(f"memory-gb is {memory_gb}; expected more than 0")
     rates = device_rates(tflops, gb_per_s, us_per_operation, here, dtype)
-    memory = (
-        memory_gb * 1e9 if memory_gb is not None else planning.available_memory() if here else None
-    )
+    memory = memory_gb and memory_gb * 1e9 or (planning.available_memory() if here else None)
     given = {"num_iter": num_iter, "num_sampling_steps": num_sampling_steps, "cfg": cfg}
-    use = {
-        "batch_size": batch_size,
-        "rates": rates,
-        "memory": memory,
-        "dtype": dtype,
-        "gpu": not here,
-    }
-    print("\n".join(describe(config, **use, **given)))
+    print("\n".join(describe(config, batch_size, rates, memory, dtype, not here, **given)))
     return 0

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from mar_mini import masking
-from mar_mini.configs import MARConfig, VAEConfig
+from mar_mini.configs import Config, MARConfig, SamplingConfig, VAEConfig
 from mar_mini.mar import MAR
 from mar_mini.vae import AutoencoderKL
 
@@ -45,6 +45,10 @@ class Work(NamedTuple):
     product_bytes: float | np.ndarray = 0.0
     other_bytes: float | np.ndarray = 0.0
     operations: float | np.ndarray = 0.0
+
+
+def count(*modules: nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 def total_flops(work: dict[str, Work]) -> float:
@@ -141,43 +145,42 @@ def polynomial(f: Callable[..., np.ndarray], *axes: tuple) -> np.ndarray:
 
 
 @cache
-def passes(
-    mar: MARConfig, rows: int, guided: bool, dtype: str, train: bool, gpu: bool, *sizes: int
-) -> np.ndarray:
-    """A row for encoder, decoder and head: work of a forward (4) and of a backward pass (4), bytes
-    kept between the two, bytes at the peak. sizes: known, predicted, diffusion steps, blocks.
+def passes(mar: MARConfig, rows: int, halves: int, dtype: str, gpu: bool, *sizes) -> np.ndarray:
+    """What happens in a few blocks: a row for encoder, decoder and head.
+
+    halves   in which rows are sampled, 2 with guidance; 0 for training
+    sizes    known and predicted tokens of an image, diffusion steps, blocks
+    returns  (3, 10): work of a forward (4) and of a backward pass (4), bytes kept between, the peak
     """
     known, predicted, steps, depth = sizes
-    model = empty(replace(mar, **dict.fromkeys(DEPTHS.values(), depth)), dtype, train).train(train)
-    places = torch.arange(model.seq_len).expand(rows, -1)
+    model = empty(replace(mar, **dict.fromkeys(DEPTHS.values(), depth)), dtype, not halves)
+    places = torch.arange(model.train(not halves).seq_len).expand(rows, -1)
     mask, wanted = places >= known, places >= model.seq_len - predicted
     tokens, labels = meta(*places.shape, model.token_embed_dim), meta(rows, dtype=torch.long)
 
     def head(z: Tensor) -> Tensor:
-        if train:
-            target = masking.keep(tokens, mask).flatten(0, 1)
-            return model.diffloss(target, z.flatten(0, 1), repeat=mar.diffusion_batch_mul)
-        both = z.flatten(0, 1).chunk(2 if guided else 1)
-        return model.diffloss.sample(*both, cfg=2.0, num_sampling_steps=steps)
+        z = z.flatten(0, 1)
+        if halves:
+            return model.diffloss.sample(*z.chunk(halves), cfg=2.0, num_sampling_steps=steps)
+        target = masking.keep(tokens, mask).flatten(0, 1)
+        return model.diffloss(target, z, repeat=mar.diffusion_batch_mul)
 
-    given, done, table, grad = None, [], [], meta(())
-    for part in (
-        lambda _: model.forward_encoder(tokens, mask, labels),
-        lambda x: model.forward_decoder(x, mask, wanted),
-        head,
-    ):
+    encoder = partial(model.forward_encoder, tokens, mask)
+    x, done, table, grad = labels, [], [], meta(())
+    for part in (encoder, lambda x: model.forward_decoder(x, mask, wanted), head):
         counter = Counter()
-        with torch.set_grad_enabled(train):
-            result, work = counter.run(partial(part, given), gpu)
-        done.append((counter, given, result, work, counter.live))
-        given = result.detach().requires_grad_(train)
+        with torch.set_grad_enabled(not halves):
+            result, work = counter.run(partial(part, x), gpu)
+        done.append((counter, x, result, work, counter.live))
+        x = result.detach().requires_grad_(not halves)
     # as Tensor.backward, where `Device` would not be told of what checkpointing computes again
     engine = torch.autograd.Variable._execution_engine.run_backward
-    for counter, given, result, work, kept in reversed(done):
+    for counter, x, result, work, kept in reversed(done):
         back = partial(engine, (result,), (grad,), False, False, (), True, True)
-        back = counter.run(back, gpu)[1] if train else Work()
-        grad = given.grad if given is not None else None
-        table.append([*work, *back, kept, counter.peak])
+        table.append(
+            [*work, *(Work() if halves else counter.run(back, gpu)[1]), kept, counter.peak]
+        )
+        grad = x.grad
     return np.array(table[::-1], dtype=float)
 
 
@@ -186,22 +189,20 @@ def depths(mar: MARConfig, start: int) -> tuple[np.ndarray, int, int]:
 
 
 def training_passes(mar: MARConfig, batch: int, masked: float, dtype: str, gpu=True) -> np.ndarray:
-    """`passes` of a training step; so many masked tokens of an image on average."""
+    """`passes` of a training step at any depth; so many masked tokens of an image on average."""
 
     def run(masked: int, depth: int) -> np.ndarray:
-        known = empty(mar).seq_len - masked
-        return passes(mar, batch, False, dtype, True, gpu, known, masked, 2, depth)
+        return passes(mar, batch, 0, dtype, gpu, empty(mar).seq_len - masked, masked, 0, depth)
 
     return polynomial(run, (masked, int(masked), int(masked % 1 > 0)), depths(mar, 2))
 
 
 def training_work(
-    mar: MARConfig, batch: int, *, parameters: int, masked: float | None = None, dtype="float32"
+    mar: MARConfig, batch: int, masked: float | None = None, dtype="float32"
 ) -> dict[str, Work]:
     """The work of a training step on latents that are there already, by part.
 
-    parameters  of the MAR
-    masked      tokens to predict of each image; the mean of the mask ratio if None
+    masked  tokens to predict of each image; the mean of the mask ratio if None
 
     `again` is what checkpointing computes again. `update` is clipping, AdamW and the average of the
     weights, and counts 13 passes over them in float32.
@@ -213,37 +214,30 @@ def training_work(
     if mar.grad_checkpointing:
         again = training_passes(mar, batch, masked, dtype) - plain
         work["again"] = Work(*again[:, 4:8].sum(0))
-    work["backward"] = Work(*plain[:, 4:8].sum(0))
-    return work | {"update": Work(0.0, 0.0, 13 * 4 * parameters, 30)}
+    update = Work(0.0, 0.0, 13 * 4 * count(empty(mar)), 30)
+    return work | {"backward": Work(*plain[:, 4:8].sum(0)), "update": update}
 
 
 def sampling_work(
-    mar: MARConfig,
-    vae: VAEConfig | None,
-    batch: int,
-    num_iter: int,
-    steps: int,
-    guided: bool,
-    dtype,
+    config: Config, batch: int, settings: SamplingConfig, dtype="float32"
 ) -> dict[str, Work]:
-    """The work of making `batch` images, by part; an entry for each of `num_iter` iterations.
+    """The work of making `batch` images, by part, with an entry for each iteration.
 
     With guidance all but the autoencoder work on both halves, with the class and without. Raises
     ValueError for a number of iterations that does not fit the number of tokens.
     """
-    run = partial(passes, mar, batch * (2 if guided else 1), guided, dtype, False, True)
-    left = np.array([(length := empty(mar).seq_len), *masking.masked_after(length, num_iter)])
-    known, predicted = (
-        ((length - left)[:-1, None, None], 0, 2),
-        (-np.diff(left)[:, None, None], 1, 1),
-    )
+    mar, halves, length = config.mar, 1 + (settings.cfg != 1), empty(config.mar).seq_len
+    run, blocks = partial(passes, mar, batch * halves, halves, dtype, True), depths(mar, 1)
+    masked = np.array([length, *masking.masked_after(length, settings.num_iter)])[:, None, None]
+    known, predicted = (length - masked[:-1], 0, 2), (-np.diff(masked, axis=0), 1, 1)
     # what known tokens cost and what predicted tokens cost add up
-    table = polynomial(lambda n, depth: run(n, 1, 2, depth), known, depths(mar, 1))
-    table = table + polynomial(partial(run, 0), predicted, (steps, 2, 1), depths(mar, 1))
-    table -= polynomial(partial(run, 0, 1, 2), depths(mar, 1))
+    table = polynomial(lambda n, depth: run(n, 1, 2, depth), known, blocks)
+    table = table - polynomial(partial(run, 0, 1, 2), blocks)
+    table += polynomial(partial(run, 0), predicted, (settings.num_sampling_steps, 2, 1), blocks)
     work = {name: Work(*table[:, i, :4].T) for i, name in enumerate(DEPTHS)}
-    if vae is not None:
-        work["autoencoder"] = autoencoder_work(vae, batch, mar.img_size, dtype)[0]["decoding"]
+    if config.vae:
+        decoding = autoencoder_work(config.vae, batch, mar.img_size, dtype)[0]["decoding"]
+        work["autoencoder"] = decoding
     return work
 
 
