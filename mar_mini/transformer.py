@@ -11,15 +11,10 @@ LAYER_NORM_EPS = 1e-6
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout | None = None) -> Tensor:
-    """Compute softmax(q k^T / sqrt(d)) v for each head, by the library's fused kernel.
+    """Compute softmax(q k^T / sqrt(d)) v for each head, with dropout of the attention weights.
 
-    q        (B, H, K, d) float
-    k, v     (B, H, N, d) float
-    dropout  of the attention weights; none if None
-    returns  (B, H, K, d)
-
-    While training on a CPU the product is written out: there the fused kernel's backward pass is
-    several times slower than the three operations it fuses.
+    q (B, H, K, d) asks, k and v (B, H, N, d) answer. While training on a CPU the product is written
+    out: there the fused kernel's backward pass is several times slower than what it fuses.
     """
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
         weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)  # (B, H, K, N)
@@ -31,14 +26,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout | None = None) -
 class Attention(nn.Module):
     """Multi-head self-attention with one matrix for queries, keys and values."""
 
-    def __init__(
-        self, dim: int, num_heads: int, attn_dropout: float = 0.0, proj_dropout: float = 0.0
-    ):
+    def __init__(self, dim: int, num_heads: int, attn_dropout=0.0, proj_dropout=0.0):
         super().__init__()
         if dim % num_heads:
-            raise ValueError(
-                f"width {dim} is not a multiple of {num_heads} heads; change one of the two"
-            )
+            raise ValueError(f"width {dim} is not a multiple of {num_heads} heads; change one")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.attn_drop = nn.Dropout(attn_dropout)
@@ -48,13 +39,13 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "B N D"], rows: Int[Tensor, "B K"] | None = None
     ) -> Float[Tensor, "B K D"]:
-        """All rows of the result, or the given ones only: those ask, all others still answer."""
+        """Compute all rows, or the given ones only: those ask, all others still answer."""
         q, k, v = self.project(x, rows)  # (B, H, K, d), 2 x (B, H, N, d)
         x = attend(q, k, v, self.attn_drop).transpose(1, 2).flatten(2)  # (B, K, D)
         return self.proj_drop(self.proj(x))  # (B, K, D)
 
     def project(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
-        """Queries of the given rows (of all if None), keys and values of all, each by heads."""
+        """Give queries of the given rows (of all if None), keys and values of all, by heads."""
         if rows is None:
             return self.heads(self.qkv(x), 3)  # 3 x (B, H, N, d)
         width = x.shape[-1]
@@ -64,7 +55,7 @@ class Attention(nn.Module):
         return *q, *self.heads(F.linear(x, kv_weight, kv_bias), 2)  # 2 x (B, H, N, d)
 
     def heads(self, x: Float[Tensor, "B N D"], parts: int) -> tuple[Tensor, ...]:
-        """The last axis cut into parts, each into heads: parts x (B, H, N, d)."""
+        """Cut the last axis into parts, each of them into heads: parts x (B, H, N, d)."""
         return x.unflatten(-1, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
@@ -87,14 +78,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP, each on a normalised copy and added to the residual stream."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        attn_dropout: float = 0.0,
-        proj_dropout: float = 0.0,
-    ):
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, attn_dropout=0.0, proj_dropout=0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = Attention(dim, num_heads, attn_dropout, proj_dropout)
@@ -104,7 +88,7 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "B N D"], rows: Int[Tensor, "B K"] | None = None
     ) -> Float[Tensor, "B K D"]:
-        """The whole result, or those rows of it alone: of a last block few may be needed."""
+        """Compute all rows, or the given ones only: of a last block few may be needed."""
         h = self.attn(self.norm1(x), rows)  # (B, K, D)
         x = h + (x if rows is None else take(x, rows))  # (B, K, D)
         return x + self.mlp(self.norm2(x))  # (B, K, D)
