@@ -32,7 +32,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
-from mar_mini.planner.rates import measure_rates
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 

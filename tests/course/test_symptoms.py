@@ -93,6 +93,7 @@ def test_data_that_do_not_fit_are_refused():
         symptoms.symptoms(images, labels[:5])
 
 
+@pytest.mark.slow
 def test_what_shows_after_a_few_steps_already():
     healthy = run().evidence
     assert (healthy.tokens, healthy.token_width) == (4, 16)
