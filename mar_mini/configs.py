@@ -3,8 +3,10 @@
 from dataclasses import dataclass, replace
 
 
-def choose(kind: str, name: str, known: dict):
-    """Look a name up. Raises ValueError that lists the names which exist."""
+def choose(kind: str, name, known: dict):
+    """Look a name up; a function is taken as it is. Raises ValueError that lists the names."""
+    if callable(name):
+        return name
     if name not in known:
         raise ValueError(f"unknown {kind} {name!r}; expected one of: {', '.join(known)}")
     return known[name]
