@@ -4,12 +4,14 @@ from dataclasses import dataclass, replace
 
 
 def from_json(kind: type, values: dict):
-    """A configuration (dataclass) from its JSON, which has lists in place of tuples."""
+    """Build a configuration (dataclass) from its JSON, which has lists in place of tuples."""
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def choose(kind: str, name: str, known: dict):
-    """Look a name up. Raises ValueError that lists the names which exist."""
+def choose(kind: str, name, known: dict):
+    """Look a name up; a function is taken as it is. Raises ValueError that lists the names."""
+    if callable(name):
+        return name
     if name not in known:
         raise ValueError(f"unknown {kind} {name!r}; expected one of: {', '.join(known)}")
     return known[name]

@@ -290,6 +290,6 @@ def reverse_walk(solver: str | Solver, num_steps: int) -> tuple[Solver, Diffusio
 
     Raises ValueError for an unknown name or an impossible number of steps.
     """
-    walk = solver if callable(solver) else choose("solver", solver, SOLVERS)
+    walk = choose("solver", solver, SOLVERS)
     last = NUM_TIMESTEPS - 1 if walk is ddpm else DETERMINISTIC_START
     return walk, Diffusion(num_steps, last)

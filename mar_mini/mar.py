@@ -3,10 +3,9 @@
 Parameter names and shapes are those of the published weights (MAR section 3.4 and figure 3).
 """
 
-import inspect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -16,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mar_mini import masking, tokens
 from mar_mini.configs import MARConfig
-from mar_mini.diffloss import DiffLoss, Head, masked_rows
+from mar_mini.diffloss import DiffLoss, masked_rows
 from mar_mini.tokens import take
 from mar_mini.transformer import LAYER_NORM_EPS, Block
 
@@ -41,7 +40,7 @@ class StepDraws:
     noise: Tensor | None
 
     def rows(self, rows: slice) -> "StepDraws":
-        """The part of some images of the batch."""
+        """Give the part of some images of the batch."""
 
         def part(x: Tensor | None) -> Tensor | None:
             shape = (-1, len(self.mask), self.num_masked)  # (R, B, M)
@@ -58,17 +57,10 @@ class MAR(nn.Module, PyTorchModelHubMixin):
     block, head  what to build the transformer and the head from: anything called like `Block` and
                  `DiffLoss`
 
-    Raises ValueError if the image size does not divide into whole tokens, or a setting is out of
-    range.
+    Raises ValueError if an image cannot be cut into whole tokens or a setting is out of range.
     """
 
-    def __init__(
-        self,
-        *,
-        block: Callable[..., nn.Module] = Block,
-        head: Callable[..., Head] = DiffLoss,
-        **settings,
-    ):
+    def __init__(self, *, block=Block, head=DiffLoss, **settings):
         super().__init__()
         c = MARConfig(**settings)
         if not 0 < c.mask_ratio_min <= 1:
@@ -80,7 +72,11 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         self.class_num, self.grad_checkpointing = c.class_num, c.grad_checkpointing
         self.mask_ratio_min, self.label_drop_prob = c.mask_ratio_min, c.label_drop_prob
         self.buffer_size, self.diffusion_batch_mul = c.buffer_size, c.diffusion_batch_mul
-        length, dropouts = c.buffer_size + self.seq_len, (c.attn_dropout, c.proj_dropout)
+        length = c.buffer_size + self.seq_len
+
+        def stack(width: int, depth: int, heads: int) -> nn.ModuleList:
+            settings = (width, heads, c.mlp_ratio, c.attn_dropout, c.proj_dropout)
+            return nn.ModuleList(block(*settings) for _ in range(depth))
 
         # encoder
         dim = c.encoder_embed_dim
@@ -89,9 +85,7 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         self.z_proj = nn.Linear(self.token_embed_dim, dim)
         self.z_proj_ln = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.encoder_pos_embed_learned = nn.Parameter(torch.empty(1, length, dim))
-        self.encoder_blocks = nn.ModuleList(
-            block(dim, c.encoder_num_heads, c.mlp_ratio, *dropouts) for _ in range(c.encoder_depth)
-        )
+        self.encoder_blocks = stack(dim, c.encoder_depth, c.encoder_num_heads)
         self.encoder_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
 
         # decoder
@@ -99,9 +93,7 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         self.decoder_embed = nn.Linear(c.encoder_embed_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self.decoder_pos_embed_learned = nn.Parameter(torch.empty(1, length, dim))
-        self.decoder_blocks = nn.ModuleList(
-            block(dim, c.decoder_num_heads, c.mlp_ratio, *dropouts) for _ in range(c.decoder_depth)
-        )
+        self.decoder_blocks = stack(dim, c.decoder_depth, c.decoder_num_heads)
         self.decoder_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.empty(1, self.seq_len, dim))
         self.reset_parameters()
@@ -116,18 +108,13 @@ class MAR(nn.Module, PyTorchModelHubMixin):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for parameter in (
-            self.class_emb.weight,
-            self.fake_latent,
-            self.mask_token,
-            self.encoder_pos_embed_learned,
-            self.decoder_pos_embed_learned,
-            self.diffusion_pos_embed_learned,
-        ):
-            nn.init.normal_(parameter, std=0.02)
+        parts = ("encoder", "decoder", "diffusion")
+        positions = [getattr(self, f"{part}_pos_embed_learned") for part in parts]
+        for table in (self.class_emb.weight, self.fake_latent, self.mask_token, *positions):
+            nn.init.normal_(table, std=0.02)
 
     def patchify(self, latents: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B L D"]:
-        """Latents (B, C, H, W) to this model's tokens (B, L, C * patch_size^2)."""
+        """Cut latents into this model's tokens. Raises ValueError if they are not what it takes."""
         expected = (self.vae_embed_dim, self.seq_h * self.patch_size, self.seq_w * self.patch_size)
         if latents.shape[1:] != expected:
             raise ValueError(
@@ -141,37 +128,30 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         return tokens.patchify(latents, self.patch_size)
 
     def unpatchify(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B C H W"]:
-        """Tokens (B, L, C * patch_size^2) to latents (B, C, H, W)."""
+        """Put tokens together to latents."""
         return tokens.unpatchify(x, self.patch_size, (self.seq_h, self.seq_w))
 
     def class_embedding(self, labels: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
-        """One vector for each label; the fake latent for the label -1."""
+        """Look up a vector for each label; the fake latent for the label -1."""
         embedded = self.class_emb(labels.clamp(min=0))  # (B, D)
         return torch.where((labels == NO_CLASS)[:, None], self.fake_latent, embedded)
 
     def forward_encoder(
-        self,
-        x: Float[Tensor, "B L C"],
-        mask: Bool[Tensor, "B L"],
-        labels: Int[Tensor, " B"],
-        num_masked: int | None = None,
+        self, x: Float[Tensor, "B L C"], mask: Bool[Tensor, "B L"], labels: Tensor, num_masked=None
     ) -> Float[Tensor, "B S D"]:
         """Encode the known tokens, with the class in the buffer tokens in front of them.
 
-        x           (B, L, C) tokens; what stands at masked places is never used
-        mask        (B, L) bool, True = masked, the same number in each row
+        x           tokens; what stands at masked places is never used
+        mask        True = masked, the same number in each row
         labels      (B,) int64, -1 = no class
         num_masked  that number; counted if None, with a ValueError where rows differ
-        returns     (B, buffer_size + known, D)
         """
         known = None if num_masked is None else mask.shape[1] - num_masked
         places = masking.positions(~mask, known)  # (B, K)
         x = torch.cat([self.embed_buffer(labels), self.embed(x, places)], dim=1)  # (B, S, D)
         return self.encoder_norm(self.run(self.encoder_blocks, self.z_proj_ln(x)))
 
-    def embed(
-        self, x: Float[Tensor, "B L C"], places: Int[Tensor, "B K"]
-    ) -> Float[Tensor, "B K D"]:
+    def embed(self, x: Tensor, places: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
         """Project the tokens at those places, and add their positions."""
         x = self.z_proj(take(x, places).to(self.z_proj.weight.dtype))  # (B, K, D)
         return x + take(self.encoder_pos_embed_learned[:, self.buffer_size :], places)
@@ -182,19 +162,14 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         return buffer + self.encoder_pos_embed_learned[:, : self.buffer_size]
 
     def forward_decoder(
-        self,
-        x: Float[Tensor, "B S D"],
-        mask: Bool[Tensor, "B L"],
-        wanted: Bool[Tensor, "B L"] | None = None,
-        num_wanted: int | None = None,
+        self, x: Float[Tensor, "B S D"], mask: Bool[Tensor, "B L"], wanted=None, num_wanted=None
     ) -> Float[Tensor, "B M E"]:
-        """Put a mask token where a token is missing, and compute z for the wanted places.
+        """Put a mask token where a token is missing, and compute z, the head's condition.
 
-        x           (B, buffer_size + known, D) from `forward_encoder` under the same mask
-        mask        (B, L) bool, True = masked
+        x           from `forward_encoder` under the same mask
         wanted      (B, L) bool, True = z is needed there, the same number in each row; all if None
         num_wanted  that number; counted if None
-        returns     z (B, M, E) of the M wanted places, positions ascending: the head's condition
+        returns     z of the M wanted places, positions ascending
         """
         known = x.shape[1] - self.buffer_size
         if num_wanted is None and masking.same_count(~mask) != known:
@@ -209,38 +184,26 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         x = self.run(self.decoder_blocks, x, places + self.buffer_size)  # (B, M, E)
         return self.decoder_norm(x) + take(self.diffusion_pos_embed_learned, places)
 
-    def run(
-        self,
-        blocks: nn.ModuleList,
-        x: Float[Tensor, "B N D"],
-        rows: Int[Tensor, "B K"] | None = None,
-    ) -> Float[Tensor, "B K D"]:
-        """Apply all blocks in turn; then take the given rows, or all.
+    def run(self, blocks: nn.ModuleList, x: Tensor, rows=None) -> Float[Tensor, "B K D"]:
+        """Apply all blocks in turn; then take the given rows (B, K) int64, or all.
 
         The last block computes those rows only, if its `forward` takes `rows` as `Block` does.
         """
-        for i, block in enumerate(blocks):
-            wanted = ()
-            if rows is not None and i == len(blocks) - 1 and takes_rows(block):
-                wanted, rows = (rows,), None
+        at_the_last = ()
+        if rows is not None and blocks and "rows" in signature(blocks[-1].forward).parameters:
+            at_the_last, rows = (rows,), None
+        for i, block in enumerate(blocks, start=1):
+            wanted = at_the_last if i == len(blocks) else ()
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, *wanted, use_reentrant=False)
             else:
                 x = block(x, *wanted)
         return x if rows is None else take(x, rows)
 
-    def forward(
-        self,
-        latents: Shaped[Tensor, "B C H W"],
-        labels: Tensor,
-        drawn: StepDraws | None = None,
-        *,
-        generator: torch.Generator | None = None,
-        return_terms: bool = False,
-    ) -> Float[Tensor, ""] | dict[str, Float[Tensor, ""]]:
+    def forward(self, latents, labels, drawn=None, *, generator=None, return_terms=False):
         """Compute the training loss: hide tokens, predict each from the rest (MAR section 3.4).
 
-        latents       (B, C, H, W), scaled to standard deviation 1 (pixels: in [-1, 1])
+        latents       (B, C, H, W) float, scaled to standard deviation 1 (pixels: in [-1, 1])
         labels        (B,) int64, -1 = no class; in training some more are dropped
         drawn         all that is random, from `draw`; drawn from the generator if None
         return_terms  give all of the head's terms by name instead of the loss alone
@@ -264,18 +227,10 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         repeat, given = self.diffusion_batch_mul, {"t": drawn.t, "noise": drawn.noise}
         return head(target, z, repeat=repeat, **given, generator=generator)
 
-    def draw(
-        self,
-        batch_size: int,
-        generator: torch.Generator | None = None,
-        *,
-        mask: Bool[Tensor, "B L"] | None = None,
-        t: Int[Tensor, " R"] | None = None,
-        noise: Float[Tensor, "R D"] | None = None,
-    ) -> StepDraws:
+    def draw(self, batch_size, generator=None, *, mask=None, t=None, noise=None) -> StepDraws:
         """Draw everything random in a training step that is not given.
 
-        mask      (B, L) bool: else a ratio for the batch, and an order for each image
+        mask      (B, L) bool; else a ratio for the batch, and an order for each image
         t, noise  for R = diffusion_batch_mul * B * L rows, repetition-major, then batch, then
                   position: also those of tokens that are not masked
 
@@ -293,42 +248,28 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         repeat = self.diffusion_batch_mul
         for name, given in (("t", t), ("noise", noise)):
             if given is not None and len(given) != repeat * mask.numel():
-                raise ValueError(
-                    f"{name} has {len(given)} rows; expected diffusion_batch_mul * B * L = "
-                    f"{repeat * mask.numel()}"
-                )
+                want = f"diffusion_batch_mul * B * L = {repeat * mask.numel()}"
+                raise ValueError(f"{name} has {len(given)} rows; expected {want}")
         t, noise = (masked_rows(x, mask, repeat) for x in (t, noise))
-        rows = repeat * batch_size * num_masked
-        t, noise = self.diffloss.draw(rows, generator, t, noise)
+        t, noise = self.diffloss.draw(repeat * batch_size * num_masked, generator, t, noise)
         return StepDraws(mask, num_masked, dropped, t, noise)
 
-    def draw_mask(
-        self, batch_size: int, generator: torch.Generator | None = None
-    ) -> Bool[Tensor, "B L"]:
-        """A training mask: one mask ratio for the batch, a random order for each image."""
+    def draw_mask(self, batch_size: int, generator=None) -> Bool[Tensor, "B L"]:
+        """Draw a training mask: one mask ratio for the batch, a random order for each image."""
         ratio = masking.sample_mask_ratio(self.mask_ratio_min, generator)
         order = masking.random(self.seq_h, self.seq_w, batch_size, generator)
         return masking.mask_by_order(order, math.ceil(self.seq_len * ratio))
 
-    def draw_dropped(
-        self, batch_size: int, generator: torch.Generator | None = None
-    ) -> Bool[Tensor, " B"]:
-        """Whose label is left out, so that the model also learns to do without; none in `eval`."""
+    def draw_dropped(self, batch_size: int, generator=None) -> Bool[Tensor, " B"]:
+        """Draw whose label is left out: the model also learns to do without. None in `eval`."""
         device = "cpu" if generator is None else generator.device
         if not (self.training and self.label_drop_prob > 0):
             return torch.zeros(batch_size, dtype=torch.bool, device=device)
         return torch.rand(batch_size, generator=generator, device=device) < self.label_drop_prob
 
 
-def takes_rows(block: nn.Module) -> bool:
-    return "rows" in inspect.signature(block.forward).parameters
-
-
 def check_labels(labels, class_num: int, batch_size: int | None = None) -> Int[Tensor, " B"]:
-    """Class labels as an int64 tensor (B,), each -1 (no class) to class_num - 1.
-
-    Raises ValueError that says what came instead.
-    """
+    """Return labels as int64, each -1 (no class) to class_num - 1, or raise ValueError."""
     kind = "expected whole numbers (int64), the index of a class"
     try:
         labels = torch.as_tensor(labels)

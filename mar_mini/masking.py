@@ -96,7 +96,7 @@ def make_order(
 
     Raises ValueError for an unknown name, or if the function returns anything else.
     """
-    function = order if callable(order) else choose("order", order, ORDERS)
+    function = choose("order", order, ORDERS)
     result = function(height, width, batch_size, generator)
     name = getattr(function, "__name__", "the order function")
     return check_order(result, height, width, batch_size, f"what {name} returned")
@@ -143,7 +143,7 @@ def known_first(order: Int[Tensor, "B L"], known: Bool[Tensor, "B L"]) -> Int[Te
     return order.gather(1, unknown.int().argsort(dim=1, stable=True))  # (B, L)
 
 
-def same_count(chosen: Bool[Tensor, "B L"]) -> int:
+def same_count(chosen: Bool[Tensor, "B L"], name: str = "the mask") -> int:
     """Count the places that each row of a mask chooses.
 
     Raises ValueError, which names a row, if they do not all choose the same number.
@@ -152,7 +152,7 @@ def same_count(chosen: Bool[Tensor, "B L"]) -> int:
     for row, count in enumerate(others, start=1):
         if count != first:
             raise ValueError(
-                f"row 0 of the mask has {first} chosen tokens, row {row} has {count}; "
+                f"row 0 of {name} has {first} chosen tokens, row {row} has {count}; "
                 "expected the same number in each row of a batch, so split it"
             )
     return first
@@ -223,7 +223,7 @@ def masked_after(length: int, num_iter: int, schedule: str | Schedule = "cosine"
             f"num_iter is {num_iter}; expected 1 to {length}, since each step predicts at least "
             f"one of the {length} tokens"
         )
-    share = schedule if callable(schedule) else choose("schedule", schedule, SCHEDULES)
+    share = choose("schedule", schedule, SCHEDULES)
     masked = [length]
     for i in range(1, num_iter):
         left = math.floor(length * share(i, num_iter))

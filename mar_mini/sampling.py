@@ -7,47 +7,28 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mar_mini import masking
 from mar_mini.configs import choose
 from mar_mini.diffloss import Generators, reverse_walk
 from mar_mini.diffusion import Solver
 from mar_mini.mar import MAR, NO_CLASS, check_labels
-from mar_mini.masking import (
-    Order,
-    check_order,
-    known_first,
-    make_order,
-    mask_by_order,
-    masked_after,
-    same_count,
-)
 
-CfgSchedule = Callable[[float, int, int], float]
+CfgSchedule = Callable[[float, int, int], float]  # (cfg, num_masked, length) -> weight of a step
 # (tokens, mask, places to predict, guided or not) -> z, z_uncond of these places, batch-major
 Conditions = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The state after one autoregressive step.
+    """The state after one autoregressive step."""
 
-    step       0 for the first
-    tokens     (B, L, C) float32; zero where still masked
-    predicted  (B, L) bool, True = predicted in this step
-    mask       (B, L) bool, True = still masked
-    """
-
-    step: int
-    tokens: Tensor
-    predicted: Tensor
-    mask: Tensor
-
-
-def constant_cfg(cfg: float, num_masked: int, length: int) -> float:
-    """The same guidance weight in each step."""
-    return cfg
+    step: int  # 0 for the first
+    tokens: Tensor  # (B, L, C) float32; zero where still masked
+    predicted: Tensor  # (B, L) bool, True = predicted in this step
+    mask: Tensor  # (B, L) bool, True = still masked
 
 
 def linear_cfg(cfg: float, num_masked: int, length: int) -> float:
@@ -55,7 +36,10 @@ def linear_cfg(cfg: float, num_masked: int, length: int) -> float:
     return 1.0 + (cfg - 1.0) * (length - num_masked) / length
 
 
-CFG_SCHEDULES: dict[str, CfgSchedule] = {"linear": linear_cfg, "constant": constant_cfg}
+CFG_SCHEDULES: dict[str, CfgSchedule] = {
+    "linear": linear_cfg,
+    "constant": lambda cfg, num_masked, length: cfg,
+}
 
 
 def sample(
@@ -72,7 +56,7 @@ def sample(
     solver: str | Solver = "ddpm",
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     conditions: Callable[[MAR, Tensor], Conditions] | None = None,
-    order: str | Order | Tensor = "random",
+    order: str | masking.Order | Tensor = "random",
     generator: Generators = None,
     tokens: Tensor | None = None,
     known: Tensor | None = None,
@@ -82,21 +66,20 @@ def sample(
     labels              (B,) classes, -1 = none; None for `batch_size` images without class
     num_iter            autoregressive steps, 1 to L (to the number of unknown tokens)
     cfg                 guidance weight; 1 = none. Without labels it has nothing to guide
-    cfg_schedule        "linear", "constant", or (cfg, num_masked, length) -> weight of a step
+    cfg_schedule        "linear", "constant" or a function
     temperature         scale of the noise that DDPM injects; of the initial noise for the others
-    num_sampling_steps  diffusion steps, 2 to 1000; the model's default if None. Two numbers: so
-                        many for the first tokens, falling to so many for the last, which have
-                        less to decide (DiSA, Zhao et al. 2025)
+    num_sampling_steps  diffusion steps, 2 to 1000; the model's default if None. Two numbers: those
+                        of the first and of the last tokens, which have less to decide (DiSA, Zhao
+                        et al. 2025)
     clip                bound on |x0|; see `mar_mini.diffusion` on the terminal step
     solver              "ddpm", "ddim", or a function like them, such as `fast.dpm_solver`
-    guidance_interval   share of known tokens between which there is guidance, the others' steps
-                        cost half as much (Kynkäänniemi et al. 2024, there for noise levels)
-    conditions          (model, labels) -> where z comes from, such as `fast.Reuse`; None: all of it
-                        is computed at each step
+    guidance_interval   shares of known tokens between which there is guidance; other steps cost
+                        half as much (Kynkäänniemi et al. 2024, there for noise levels)
+    conditions          (model, labels) -> `Conditions`, such as `fast.Reuse`; exact if None
     order               name, function (see `masking`) or int64 (B, L), first to last
     generator           one torch.Generator, or a list of B: each image then depends on its own
-                        generator alone, not on the batch. Contract: at each step the tokens to
-                        predict are taken batch-major, positions ascending; see `DiffLoss.sample`
+                        alone. Contract: at each step the tokens to predict are taken batch-major,
+                        positions ascending; see `DiffLoss.sample`
     tokens, known       (B, L, C) and bool (B, L), True = given: these stay as they are to the bit
                         and the rest is painted in; the same number in each row
 
@@ -110,25 +93,22 @@ def sample(
 
     # which tokens when
     order = resolve_order(order, model, len(labels), generator).to(mask.device)
-    turn, unknown = known_first(order, ~mask), same_count(mask)
-    schedule = masked_after(unknown, num_iter)
+    turn, unknown = masking.known_first(order, ~mask), masking.same_count(mask)
+    schedule = masking.masked_after(unknown, num_iter)
     shares = [1 - masked / model.seq_len for masked in (unknown, *schedule[:-1])]
 
     # how each of them is drawn
     check_settings(clip, temperature, guidance_interval)
-    if isinstance(cfg_schedule, str):
-        cfg_schedule = choose("cfg_schedule", cfg_schedule, CFG_SCHEDULES)
+    cfg_schedule = choose("cfg_schedule", cfg_schedule, CFG_SCHEDULES)
     annealed = anneal(num_sampling_steps, shares)
     for num_steps in annealed:  # refuses an impossible number
         reverse_walk(solver, 2 if num_steps is None else num_steps)
-    exact = partial(exact_conditions, model, labels)
-    conditions = exact if conditions is None else conditions(model, labels)
+    conditions = conditions and conditions(model, labels)
     fixed = {"temperature": temperature, "clip": clip, "solver": solver, "generator": generator}
 
     def loop(tokens: Tensor, mask: Tensor) -> Iterator[Frame]:
-        for step, (left, share, num_steps) in enumerate(
-            zip(schedule, shares, annealed, strict=True)
-        ):
+        steps = zip(schedule, shares, annealed, strict=True)
+        for step, (left, share, num_steps) in enumerate(steps):
             guided = guidance_interval[0] <= share < guidance_interval[1]
             # the published loop counts one token as masked in the last step as well
             weight = cfg_schedule(cfg, max(1, left), model.seq_len)
@@ -142,45 +122,31 @@ def sample(
 
 
 def one_step(
-    model: MAR,
-    labels: Int[Tensor, " B"],
-    tokens: Float[Tensor, "B L C"],
-    mask: Bool[Tensor, "B L"],
-    order: Int[Tensor, "B L"],
-    num_masked: int,
-    cfg: float,
-    *,
-    conditions: Conditions | None = None,
-    **head_arguments,
+    model: MAR, labels, tokens, mask, order, num_masked: int, cfg: float, *, conditions=None, **head
 ) -> tuple[Float[Tensor, "B L C"], Bool[Tensor, "B L"]]:
     """Take one autoregressive step: which tokens come next, draw them, put them in their places.
 
-    labels          (B,) int64, -1 = no class
-    tokens          (B, L, C) as they are so far
-    mask            (B, L) bool, True = masked before this step
-    order           (B, L) int64, first to last; places that are known come first
-    num_masked      how many tokens of each image are still masked after this step
-    cfg             guidance weight of this step; 1 = none
-    conditions      (tokens, mask, predicted, guided) -> z, z_uncond; `exact_conditions` if None
-    head_arguments  of the head's `sample`: temperature, generator, ...
-    returns         new tokens and mask; what was given is not changed
+    tokens, mask  as they are before this step; the new ones are returned
+    order         (B, L) int64, first to last; places that are known come first
+    num_masked    how many tokens of each image are still masked after this step
+    head          further arguments of the head's `sample`
     """
     conditions = conditions or partial(exact_conditions, model, labels)
-    still = mask_by_order(order, num_masked)  # (B, L)
+    still = masking.mask_by_order(order, num_masked)  # (B, L)
     predicted = mask & ~still  # (B, L)
     with torch.no_grad(), evaluating(model):
         z, z_uncond = conditions(tokens, mask, predicted, cfg != 1.0)  # (N, E)
-        drawn = model.diffloss.sample(z, z_uncond, cfg=cfg, **head_arguments)  # (N, C)
+        drawn = model.diffloss.sample(z, z_uncond, cfg=cfg, **head)  # (N, C)
     return tokens.masked_scatter(predicted[..., None], drawn), still
 
 
 def generate(model: MAR, labels=None, **arguments) -> Float[Tensor, "B L C"]:
-    """Take all steps of `sample`, with the same arguments; returns the last frame's tokens."""
+    """Take all steps of `sample`, with its arguments; return the last frame's tokens."""
     return deque(sample(model, labels, **arguments), maxlen=1)[0].tokens
 
 
 def exact_conditions(
-    model: MAR, labels: Tensor, tokens: Tensor, mask: Tensor, predicted: Tensor, guided: bool
+    model: MAR, labels, tokens, mask, predicted, guided: bool
 ) -> tuple[Float[Tensor, "N E"], Float[Tensor, "N E"] | None]:
     """Compute z of the `predicted` places, batch-major, from all tokens that are known.
 
@@ -207,7 +173,7 @@ def evaluating(model: torch.nn.Module):
 
 
 def anneal(num_steps: int | tuple[int, int] | None, shares: list[float]) -> list[int | None]:
-    """How many diffusion steps each iteration takes, in a straight line from first to last."""
+    """Spread diffusion steps over the iterations, in a straight line from first to last."""
     if not isinstance(num_steps, tuple):
         return [num_steps] * len(shares)
     (first, last), length = num_steps, (shares[-1] - shares[0]) or 1.0
@@ -218,7 +184,7 @@ def anneal(num_steps: int | tuple[int, int] | None, shares: list[float]) -> list
 
 
 def check_settings(clip: float | None, temperature: float, guidance_interval) -> None:
-    """Raises ValueError for settings of `sample` that mean nothing."""
+    """Raise ValueError for settings of `sample` that mean nothing."""
     lowest, highest = guidance_interval
     if not 0 <= lowest < highest <= 1:
         raise ValueError(
@@ -244,22 +210,21 @@ def resolve_labels(labels, batch_size: int | None, model: MAR, tokens: Tensor | 
 
 
 def resolve_order(order, model: MAR, batch_size: int, generator: Generators) -> Tensor:
-    """The order as int64 (B, L); with a list of generators each image's row comes from its own."""
+    """Give the order as int64 (B, L); of a list of generators each makes its own image's row."""
+    grid = (model.seq_h, model.seq_w)
     if isinstance(order, Tensor):
-        return check_order(order, model.seq_h, model.seq_w, batch_size)
+        return masking.check_order(order, *grid, batch_size)
     if isinstance(generator, (list, tuple)):
-        return torch.cat([make_order(order, model.seq_h, model.seq_w, 1, g) for g in generator])
-    return make_order(order, model.seq_h, model.seq_w, batch_size, generator)
+        return torch.cat([masking.make_order(order, *grid, 1, g) for g in generator])
+    return masking.make_order(order, *grid, batch_size, generator)
 
 
-def start(
-    model: MAR, batch_size: int, tokens: Tensor | None, known: Tensor | None
-) -> tuple[Float[Tensor, "B L C"], Bool[Tensor, "B L"]]:
-    """The tokens and the mask that generation begins from: nothing known, or what was given."""
+def start(model: MAR, batch_size: int, tokens, known) -> tuple[Tensor, Tensor]:
+    """Give the tokens and the mask to begin from: nothing known, or what was given."""
     shape, device = (batch_size, model.seq_len, model.token_embed_dim), model.fake_latent.device
     if (tokens is None) != (known is None):
         raise ValueError("expected both `tokens` and `known`, or neither; got one of the two")
-    if tokens is None or known is None:
+    if tokens is None:
         return torch.zeros(shape, device=device), torch.ones(shape[:2], device=device).bool()
     if tuple(tokens.shape) != shape:
         raise ValueError(f"tokens have shape {tuple(tokens.shape)}; expected {shape}")
@@ -267,14 +232,7 @@ def start(
         raise ValueError(
             f"known is {known.dtype} {tuple(known.shape)}; expected bool {shape[:2]}, True = given"
         )
-    counts = known.sum(1)
-    if (counts != counts[0]).any():
-        row = int((counts != counts[0]).nonzero()[0])
-        raise ValueError(
-            f"row 0 of known has {int(counts[0])} given tokens, row {row} has {int(counts[row])}; "
-            "expected the same number in each row, so paint such images one by one"
-        )
-    if known.all():
+    if masking.same_count(known, "known") == model.seq_len:
         raise ValueError("every token is known: there is nothing to generate")
     known = known.to(device)
     return tokens.to(device).float().masked_fill(~known[..., None], 0.0), ~known

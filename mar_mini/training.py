@@ -13,7 +13,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -25,28 +24,18 @@ from mar_mini.vae import AutoencoderKL
 
 @dataclass(frozen=True)
 class Step:
-    """The state after one optimizer step.
+    """The state after one optimizer step."""
 
-    step           steps done so far
-    loss, terms    of this step's batch; the terms by name
-    learning_rate  used in this step
-    grad_norm      before clipping
-    images_seen    since the start
-    seconds        spent in training since the start (not in what the caller did meanwhile)
-    progress       share of the budget that is used up, 0 to 1
-    model, ema     the model, and the one with averaged weights; the same objects each time
-    """
-
-    step: int
-    loss: float
-    terms: dict[str, float]
-    learning_rate: float
-    grad_norm: float
-    images_seen: int
-    seconds: float
-    progress: float
-    model: nn.Module
-    ema: nn.Module
+    step: int  # steps done so far
+    loss: float  # of this step's batch
+    terms: dict[str, float]  # what the loss is made of, and the loss, by name
+    learning_rate: float  # used in this step
+    grad_norm: float  # before clipping
+    images_seen: int  # since the start
+    seconds: float  # in training since the start, not in what the caller did meanwhile
+    progress: float  # share of the budget that is used up, 0 to 1
+    model: nn.Module  # the same object each time
+    ema: nn.Module  # the model with averaged weights, the same object each time
 
 
 class Batch(NamedTuple):
@@ -99,9 +88,8 @@ class Training(Iterator[Step]):
         self.model, self.images, self.terms = model, images, terms
         self.config, self.seed, self.device = config, seed, next(model.parameters()).device
         self.slices = self.micro_batches()
-        self.ema = AveragedModel(
-            model, multi_avg_fn=averaging(config.ema_decay, config.ema_window)
-        ).eval()
+        average = averaging(config.ema_decay, config.ema_window)
+        self.ema = AveragedModel(model, multi_avg_fn=average).eval()
         self.network = self.distribute()
         groups = parameter_groups(model, config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
@@ -140,31 +128,22 @@ class Training(Iterator[Step]):
         if not (math.isfinite(terms["loss"]) and math.isfinite(norm)):
             raise FloatingPointError(
                 f"step {self.step + 1}: loss is {terms['loss']}, its gradient's norm {norm}, at "
-                f"learning rate {rate:.2e}; lower the learning rate, or train in "
-                "precision='float32'"
+                f"learning rate {rate:.2e}; lower it, or train in precision='float32'"
             )
         self.optimizer.step()
         self.ema.update_parameters(self.model)
 
         self.resume(self.step + 1, self.seconds + time.perf_counter() - start)
-        return Step(
-            step=self.step,
-            loss=terms["loss"],
-            terms=terms,
-            learning_rate=rate,
-            grad_norm=norm,
-            images_seen=self.step * config.batch_size,
-            seconds=self.seconds,
-            progress=self.used,
-            model=self.model,
-            ema=self.ema.module,
-        )
+        seen = self.step * config.batch_size
+        done = {"images_seen": seen, "seconds": self.seconds, "progress": self.used}
+        found = {"loss": terms["loss"], "terms": terms, "learning_rate": rate, "grad_norm": norm}
+        return Step(self.step, **found, **done, model=self.model, ema=self.ema.module)
 
     def batches(self) -> Iterator[tuple[Batch, bool]]:
-        """The next step's micro batches of this process, and whether it is the last one.
+        """Give the next step's micro batches of this process, and whether each is the last one.
 
-        All that is random is drawn for the whole batch, so that it does not matter who computes
-        which part of it. Order: flips, mask, dropped labels, timesteps, noise.
+        All that is random is drawn for the whole batch, whoever computes which part of it. Order:
+        flips, mask, dropped labels, timesteps, noise.
         """
         size, seed = self.config.batch_size, step_seed(self.seed, self.step)
         generator = step_generator(self.seed, self.step, self.device)
@@ -187,17 +166,17 @@ class Training(Iterator[Step]):
         self.used = progress(self.config, step, seconds) if step else 0.0
 
     def micro_batches(self) -> list[slice]:
-        """The rows of a batch that this process computes, one slice after the other.
+        """Give the rows of a batch that this process computes, one slice after the other.
 
         Raises ValueError if the batch cannot be cut into equal parts.
         """
         batch_size, accumulate = self.config.batch_size, self.config.accumulate
         parts = self.world_size * accumulate
         if batch_size % parts:
+            near = max(1, round(batch_size / parts)) * parts
             raise ValueError(
                 f"batch_size is {batch_size}; expected a multiple of {parts} ({self.world_size} "
-                f"processes with {accumulate} micro batches each), such as "
-                f"{max(1, round(batch_size / parts)) * parts}"
+                f"processes with {accumulate} micro batches each), such as {near}"
             )
         size = batch_size // parts
         first = self.rank * accumulate
@@ -206,11 +185,11 @@ class Training(Iterator[Step]):
     # What several processes do otherwise
 
     def distribute(self) -> nn.Module:
-        """Prepare model and average before the optimizer is made; what to call in a step."""
+        """Prepare model and average for the optimizer; return what to call in a step."""
         return self.model
 
     def sync(self, last: bool) -> AbstractContextManager:
-        """The context of each forward and backward pass; gradients travel in the last one."""
+        """Give the context of a forward and backward pass; gradients travel in the last one."""
         return nullcontext()
 
     def mean(self, values: Tensor) -> Tensor:
@@ -219,20 +198,13 @@ class Training(Iterator[Step]):
 
 
 def train_mar(
-    model: MAR,
-    latents: Float[Tensor, "N C H W"],
-    labels: Int[Tensor, " M"],
-    config: TrainingConfig,
-    *,
-    mirrored: Float[Tensor, "M2 C H W"] | None = None,
-    seed: int = 0,
+    model: MAR, latents, labels, config: TrainingConfig, *, mirrored=None, seed: int = 0
 ) -> Training:
     """Train a MAR in place on images in memory; each step yields a `Step`.
 
-    latents   (N, C, H, W) what `model.patchify` takes: scaled latents, or pixels in [-1, 1]
+    latents   what `model.patchify` takes: scaled latents, or pixels in [-1, 1]
     labels    (N,) int64
-    mirrored  latents of the mirrored images, for `config.flip`; without them the last axis is
-              reversed, which is right for pixels only
+    mirrored  latents of the mirrored images, for `config.flip`; see `data.InMemory`
 
     Raises ValueError for a budget or data that do not fit.
     """
@@ -242,9 +214,7 @@ def train_mar(
     return Training(model, images, mar_terms, config, seed)
 
 
-def train_vae(
-    model: AutoencoderKL, images: Float[Tensor, "N C H W"], config: TrainingConfig, *, seed: int = 0
-) -> Training:
+def train_vae(model: AutoencoderKL, images, config: TrainingConfig, *, seed: int = 0) -> Training:
     """Train an autoencoder in place on images in [-1, 1]; each step yields a `Step`."""
     images = images.to(next(model.parameters()).device)
     unlabelled = InMemory(images, torch.zeros(len(images), dtype=torch.int64))
@@ -252,7 +222,7 @@ def train_vae(
 
 
 def check_training(config: TrainingConfig, num_images: int, seed: int = 0) -> None:
-    """Raises ValueError, before anything is trained, for settings that cannot work."""
+    """Raise ValueError, before anything is trained, for settings that cannot work."""
     if config.max_steps is None and config.max_seconds is None:
         raise ValueError("no budget: set max_steps or max_seconds in the training configuration")
     for name, value in (("max_steps", config.max_steps), ("max_seconds", config.max_seconds)):
@@ -277,10 +247,7 @@ def progress(config: TrainingConfig, step: int, seconds: float) -> float:
 
 
 def learning_rate(config: TrainingConfig, used: float) -> float:
-    """Linear warm-up from 0, then half a cosine down to 0, or constant.
-
-    used  share of the budget that is used up, 0 to 1
-    """
+    """Rise from 0 in the warm-up, then half a cosine down to 0, or constant."""
     if used < config.warmup:
         return config.learning_rate * (used / config.warmup + 1e-3)
     if config.decay == "constant":
@@ -294,10 +261,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     decayed: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         decayed[parameter.ndim > 1 and not name.startswith("diffloss.")].append(parameter)
-    return [
-        {"params": decayed[True], "weight_decay": weight_decay},
-        {"params": decayed[False], "weight_decay": 0.0},
-    ]
+    rates = {True: weight_decay, False: 0.0}
+    return [{"params": decayed[kind], "weight_decay": rate} for kind, rate in rates.items()]
 
 
 def averaging(decay: float, window: float) -> Callable:
@@ -311,18 +276,10 @@ def averaging(decay: float, window: float) -> Callable:
 
 
 @torch.no_grad()
-def ema_step(
-    averaged: list[Tensor],
-    current: list[Tensor],
-    num_averaged: float | Tensor,
-    *,
-    decay: float,
-    window: float,
-) -> None:
-    """Move averaged weights towards the current ones, in place; see `averaging`.
+def ema_step(averaged, current, num_averaged, *, decay: float, window: float) -> None:
+    """Move averaged weights, a list of tensors, towards the current ones in place.
 
-    averaged, current  weights of two models, in the same order
-    num_averaged       how many steps were averaged before this one
+    num_averaged  how many steps were averaged before this one; see `averaging`
     """
     keep = min(decay, 1 - 1 / (1 + window * float(num_averaged)))
     torch._foreach_lerp_(averaged, current, 1 - keep)

@@ -575,7 +575,7 @@ REFUSED = {
     ),
     "known of different numbers": (
         {"tokens": TOKENS, "known": UNEVEN},
-        "row 0 of known has 8 given tokens, row 1 has 9",
+        "row 0 of known has 8 chosen tokens, row 1 has 9",
     ),
     "everything known": (
         {"tokens": TOKENS, "known": HALF | ~HALF},
