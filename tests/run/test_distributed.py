@@ -480,7 +480,7 @@ def test_a_process_is_killed_and_the_same_command_goes_on(tmp_path):
         config,
         training=replace(config.training, max_steps=STEPS, max_seconds=None, precision="float32"),
     )
-    watch(TrainingRun(config, images), whole, moments=())
+    watch(TrainingRun(config, open_images("digits")), whole, moments=())
     got, want = (
         json.loads((folder / "history_masked.json").read_text()) for folder in (out, whole)
     )
