@@ -20,7 +20,7 @@ BLOCK = 32
 
 
 def data_dir() -> Path:
-    """Return the folder of the bundled data.
+    """Return the folder of the bundled data: MAR_MINI_DATA, or `data/` beside the package.
 
     It is `data/` beside the package (in a wheel: inside of it), or the folder in the environment
     variable MAR_MINI_DATA. Raises ValueError if that folder does not exist.
@@ -44,8 +44,7 @@ def load_images(name_or_path: str | Path, split: str = "train") -> "datasets.Dat
     split         `train` or `test`; not used if `name_or_path` is a file
     returns       dataset with columns `image` (read as PIL images) and `label` (ClassLabel)
 
-    Raises ValueError if there is no such name, split or file, if the file is damaged or not
-    parquet, or if it does not hold these two columns.
+    Raises ValueError if there is no such file, or it is damaged or lacks these two columns.
     """
     import datasets
     import pyarrow as pa
@@ -57,9 +56,8 @@ def load_images(name_or_path: str | Path, split: str = "train") -> "datasets.Dat
         table = pq.read_table(file, partitioning=None, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
-            f"{file} is damaged or not a parquet file ({error}); if it is bundled, restore it with "
-            f"`git checkout -- {file}` or `python tools/make_{file.parent.name}.py`, "
-            "else copy it again"
+            f"{file} is damaged or not a parquet file ({error}); copy it again, or if it is "
+            f"bundled: `git checkout -- {file}` or `python tools/make_{file.parent.name}.py`"
         ) from error
     dataset = datasets.Dataset(table)  # the features come from the metadata in the file
     for column, kind in (("image", datasets.Image), ("label", datasets.ClassLabel)):
@@ -101,10 +99,7 @@ def class_names(dataset: "datasets.Dataset") -> list[str]:
 
 
 def to_tensors(dataset: "datasets.Dataset") -> tuple[UInt8[Tensor, "N C H W"], Int64[Tensor, " N"]]:
-    """Decode all images and labels of a dataset.
-
-    returns  images  uint8 (N, C, H, W)  0 to 255; C = 1 if all are grey (mode L), else 3 (RGB)
-             labels  int64 (N,)          class of each image
+    """Decode all images (C = 1 if all are grey, else RGB) and labels of a dataset.
 
     Raises ValueError if the dataset is empty or the images differ in size.
     """
@@ -125,10 +120,7 @@ def to_tensors(dataset: "datasets.Dataset") -> tuple[UInt8[Tensor, "N C H W"], I
 
 
 def normalise(images: Tensor) -> Float32[Tensor, "..."]:
-    """Map pixel values to the range that the model works in.
-
-    images   uint8 (...)    0 to 255
-    returns  float32 (...)  -1 to 1
+    """Map pixel values, uint8 0 to 255, to the range that the model works in, -1 to 1.
 
     Raises ValueError for another dtype, such as that of images normalised before.
     """
@@ -138,11 +130,7 @@ def normalise(images: Tensor) -> Float32[Tensor, "..."]:
 
 
 def denormalise(x: Tensor) -> Float32[Tensor, "..."]:
-    """Map model values to the range that pictures are shown in.
-
-    x        float (...)    -1 to 1; what lies outside is clamped
-    returns  float32 (...)  0 to 1; pixel values are 255 times this
-    """
+    """Map model values, -1 to 1 and clamped to it, to the range of pictures, 0 to 1."""
     return ((x.float() + 1) / 2).clamp(0, 1)
 
 
@@ -177,19 +165,12 @@ class InMemory:
     Raises ValueError if these do not belong together.
     """
 
-    def __init__(
-        self,
-        latents: Float[Tensor, "N C H W"],
-        labels: Int[Tensor, " M"],
-        mirrored: Float[Tensor, "M2 C H W"] | None = None,
-    ):
+    def __init__(self, latents: Tensor, labels: Tensor, mirrored: Tensor | None = None):
         shape = tuple(latents.shape)
-        if len(latents) != len(labels):
+        if len(labels) != len(latents):
             raise ValueError(f"{shape[0]} images but {len(labels)} labels; expected one for each")
-        if mirrored is not None and mirrored.shape != latents.shape:
-            raise ValueError(
-                f"mirrored is {tuple(mirrored.shape)}; expected {shape} as the latents"
-            )
+        if mirrored is not None and mirrored.shape != shape:
+            raise ValueError(f"mirrored is {tuple(mirrored.shape)}; expected {shape} as latents")
         self.latents, self.labels, self.mirrored = latents, labels, mirrored
 
     def __len__(self) -> int:
@@ -204,12 +185,8 @@ class InMemory:
         return torch.where(flip[:, None, None, None], mirrored, straight)
 
 
-def fetch(
-    images: Images, picked: Int[Tensor, " B"], flip: Bool[Tensor, " B"], rows: slice, seed: int
-) -> Float[Tensor, "R C H W"]:
-    """Read some rows of a batch, the same whoever asks for which rows.
-
-    picked, flip, seed  of the whole batch
+def fetch(images: Images, picked: Tensor, flip: Tensor, rows: slice, seed: int) -> Tensor:
+    """Read some rows of the batch `picked` (B,), the same whoever asks for which rows.
 
     They come in blocks of 32 rows, each with random numbers of its own, so that a process that
     needs a part of the batch need not read all of it.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -40,9 +40,8 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(self.num_sinusoids, width), nn.SiLU(), nn.Linear(width, width)
-        )
+        first, second = nn.Linear(self.num_sinusoids, width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(first, nn.SiLU(), second)
 
     @classmethod
     def sinusoids(cls, t: Int[Tensor, " N"]) -> Float[Tensor, "N 256"]:
@@ -54,8 +53,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Int[Tensor, " N"]) -> Float[Tensor, "N W"]:
         if len(t) > NUM_TIMESTEPS:  # more rows than timesteps: embed each timestep once
-            every = torch.arange(NUM_TIMESTEPS, device=t.device)
-            return F.embedding(t, self(every))
+            return F.embedding(t, self(torch.arange(NUM_TIMESTEPS, device=t.device)))
         return self.mlp(self.sinusoids(t).to(self.mlp[0].weight.dtype))
 
 
@@ -87,13 +85,15 @@ class FinalLayer(nn.Module):
 
 
 class SimpleMLPAdaLN(nn.Module):
-    """The denoising MLP: noisy token, timestep and z in; predicted noise and variance out."""
+    """The denoising MLP: noisy token, timestep and z in; predicted noise and variance out.
 
-    def __init__(
-        self, channels, width, z_channels, depth, grad_checkpointing=False, block=ResBlock
-    ):
+    checkpointing  recompute activations in the backward pass: less memory
+    block          what to build it from: anything called like `ResBlock`
+    """
+
+    def __init__(self, channels, width, z_channels, depth, checkpointing=False, block=ResBlock):
         super().__init__()
-        self.grad_checkpointing = grad_checkpointing
+        self.grad_checkpointing = checkpointing
         self.time_embed = TimestepEmbedder(width)
         self.cond_embed = nn.Linear(z_channels, width)
         self.input_proj = nn.Linear(channels, width)
@@ -116,16 +116,13 @@ class SimpleMLPAdaLN(nn.Module):
     def forward(
         self, x: Float[Tensor, "R C"], t: Int[Tensor, " R"], z: Float[Tensor, "N D"]
     ) -> Float[Tensor, "R C2"]:
-        """Predict noise and v for noisy tokens x at the original timesteps t, given z.
-
-        R is a multiple of N: noise levels of the same tokens one after the other.
-        """
+        """Predict noise and v for tokens x at the original timesteps t; R is a multiple of N."""
         condition = self.cond_embed(z)  # (N, W)
         y = self.time_embed(t).unflatten(0, (-1, len(z))) + condition  # (R / N, N, W)
         return self.denoise(x, y.flatten(0, 1))  # (R, 2C)
 
     def denoise(self, x: Float[Tensor, "N C"], y: Float[Tensor, "N W"]) -> Float[Tensor, "N C2"]:
-        """The MLP itself; y is the sum of the embedded timestep and the embedded condition."""
+        """Run the MLP itself; y is the embedded timestep plus the embedded condition."""
         x = self.input_proj(x)  # (N, W)
         for block in self.res_blocks:
             if self.grad_checkpointing and self.training:
@@ -135,9 +132,7 @@ class SimpleMLPAdaLN(nn.Module):
         return self.final_layer(x, y)  # (N, 2C)
 
 
-def as_steps(
-    net: nn.Module, z: Float[Tensor, "N D"], timesteps: Int[Tensor, " T"]
-) -> Callable[[Tensor, int], Tensor]:
+def as_steps(net: nn.Module, z: Tensor, timesteps: Tensor) -> Callable[[Tensor, int], Tensor]:
     """Turn net(x, timesteps[i], z) into a function of (x, i), which embeds t and z only once.
 
     A network with a `forward` of its own is called as it is.
@@ -151,8 +146,8 @@ def as_steps(
 def guide(output: Float[Tensor, "M C2"], cfg: float) -> Float[Tensor, "N C2"]:
     """Classifier-free guidance of the noise (Ho & Salimans 2022, eq. 6).
 
-    output   (2N, 2C): conditional rows, then unconditional ones
-    returns  (N, 2C): noise uncond + cfg * (cond - uncond), and the conditional rows' variance
+    output   conditional rows, then as many unconditional ones
+    returns  noise uncond + cfg * (cond - uncond), and the conditional rows' variance
     """
     cond, uncond = output.chunk(2)  # 2 x (N, 2C)
     noise_c, v = cond.chunk(2, dim=1)  # 2 x (N, C)
@@ -197,25 +192,17 @@ class DiffLoss(Head):
     target_channels     C, values of a token
     z_channels          D, width of z
     depth, width        of the denoising MLP
-    num_sampling_steps  default number of diffusion steps while sampling
-    block               what to build the MLP from: anything called like `ResBlock`
+    num_sampling_steps  diffusion steps while sampling, by default
+    mlp, settings       further arguments of `SimpleMLPAdaLN`
     """
 
     def __init__(
-        self,
-        target_channels: int,
-        z_channels: int,
-        depth: int,
-        width: int,
-        num_sampling_steps: int = 100,
-        grad_checkpointing: bool = False,
-        *,
-        block: Callable[[int], nn.Module] = ResBlock,
+        self, target_channels, z_channels, depth, width, num_sampling_steps=100, *mlp, **settings
     ):
         super().__init__()
         self.target_channels, self.num_sampling_steps = target_channels, num_sampling_steps
         sizes = (target_channels, width, z_channels, depth)
-        self.net = SimpleMLPAdaLN(*sizes, grad_checkpointing, block)
+        self.net = SimpleMLPAdaLN(*sizes, *mlp, **settings)
         self.diffusion = Diffusion()
         Diffusion(num_sampling_steps)  # refuses an impossible number now, not when sampling
 
@@ -223,25 +210,15 @@ class DiffLoss(Head):
         """Compute the mean loss over the masked tokens (over all without a mask); see `terms`."""
         return self.terms(target, z, mask, **given)["loss"]
 
-    def terms(
-        self,
-        target: Float[Tensor, "N C"],
-        z: Float[Tensor, "N D"],
-        mask: Bool[Tensor, " N"] | None = None,
-        *,
-        repeat: int = 1,
-        t: Int[Tensor, " R"] | None = None,
-        noise: Float[Tensor, "R C"] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Float[Tensor, ""]]:
+    def terms(self, target, z, mask=None, *, repeat=1, t=None, noise=None, generator=None):
         """Compute the loss and its two parts, `mse` and `vb`, as means over the masked tokens.
 
-        target  (N, C) clean tokens
-        z       (N, D) conditions
-        mask    (N,) bool, True = counts; the head does not even look at the others
-        repeat  noise levels drawn for each token
-        t       (R,) int64 timesteps in [0, 1000) and noise (R, C), R = repeat * N rows,
-                repetition-major; drawn from `generator` if None
+        target    (N, C) clean tokens
+        z         (N, D) conditions
+        mask      (N,) bool, True = counts; the head does not even look at the others
+        repeat    noise levels drawn for each token
+        t, noise  (R,) int64 timesteps in [0, 1000) and (R, C) noise of R = repeat * N rows,
+                  repetition-major; drawn from `generator` if None
         """
         if mask is not None:
             target, z = target[mask], z[mask]
@@ -283,11 +260,11 @@ class DiffLoss(Head):
     ) -> Float[Tensor, "N C"]:
         """Draw one token for each z by running the diffusion backwards (MAR section 3.2).
 
-        z, z_uncond         (N, D) conditions with and without class; the second for guidance only
+        z_uncond            conditions without class, for guidance only
         cfg                 guidance weight; 1 = none
         temperature         scale of the noise that "ddpm" injects; of the initial noise for others
         clip                bound on |x0|, for models trained on a small budget (see `diffusion`)
-        num_sampling_steps  2 to 1000; the constructor's by default
+        num_sampling_steps  2 to 1000; the constructor's if None
         solver              "ddpm", "ddim" or a function like them, such as `fast.dpm_solver`
         generator           one torch.Generator, or a list of G of them for N / G rows each. One
                             draw for the initial state, one for each step but the last

@@ -15,10 +15,7 @@ from mar_mini.configs import VAEConfig, from_json
 
 
 class DiagonalGaussian:
-    """One independent normal distribution for each latent value.
-
-    moments  (B, 2C, H, W): the means, then the log variances (clamped to [-30, 20])
-    """
+    """One normal distribution a latent value, from means and log variances (clamped)."""
 
     def __init__(self, moments: Float[Tensor, "B C2 H W"]):
         self.mean, logvar = moments.chunk(2, dim=1)
@@ -29,18 +26,18 @@ class DiagonalGaussian:
         return self.mean + torch.exp(0.5 * self.logvar) * randn_like(self.mean, generator)
 
     def mode(self) -> Float[Tensor, "B C H W"]:
-        """The most likely latent: the mean."""
+        """Give the most likely latent: the mean."""
         return self.mean
 
     def kl(self) -> Float[Tensor, " B"]:
-        """KL divergence from the standard normal in nats, summed over C, H and W."""
+        """Give the KL divergence from the standard normal in nats, summed over C, H and W."""
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
 
 
 def latent_scale(latents: Float[Tensor, "N C H W"]) -> float:
-    """The factor that gives latents a standard deviation of 1, over all of their values at once.
+    """The factor that gives latents a standard deviation of 1: 0.2325 for the published KL-16.
 
-    No mean is subtracted. For the published KL-16 over its training set it is 0.2325.
+    The deviation is taken over all values at once; no mean is subtracted.
     """
     return 1.0 / float(latents.std())
 
@@ -56,12 +53,12 @@ def norm(channels: int, num_groups: int) -> nn.GroupNorm:
 
 
 class ResnetBlock(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int, num_groups: int, dropout: float = 0.0):
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int):
         super().__init__()
         self.norm1 = norm(in_channels, num_groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = norm(out_channels, num_groups)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(0.0)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
@@ -73,15 +70,12 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Self-attention of one head over all H * W places of a feature map."""
+    """Self-attention with one head over all places of a feature map."""
 
     def __init__(self, channels: int, num_groups: int):
         super().__init__()
         self.norm = norm(channels, num_groups)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
         h = self.norm(x)
@@ -126,17 +120,18 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """All residual blocks of one resolution, each with attention behind it where asked for.
+    """All residual blocks of one resolution, with attention behind each where asked for.
 
-    What leads to the next resolution is `downsample` or `upsample`; the last level has neither.
+    `downsample` or `upsample` leads to the next resolution; the last level has neither.
     """
 
     def __init__(self, in_channels, out_channels, num_blocks: int, attention: bool, num_groups):
         super().__init__()
         widths = pairwise([in_channels] + [out_channels] * num_blocks)
         self.block = nn.ModuleList(ResnetBlock(a, b, num_groups) for a, b in widths)
-        attentions = num_blocks if attention else 0
-        self.attn = nn.ModuleList(AttnBlock(out_channels, num_groups) for _ in range(attentions))
+        self.attn = nn.ModuleList()
+        if attention:
+            self.attn.extend(AttnBlock(out_channels, num_groups) for _ in range(num_blocks))
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
@@ -153,10 +148,10 @@ class Encoder(nn.Module):
         for i, mult in enumerate(c.ch_mult):
             attention = c.resolution // 2**i in c.attn_resolutions
             level = Level(width, c.ch * mult, c.num_res_blocks, attention, c.num_groups)
+            self.down.append(level)
             width = c.ch * mult
             if i < len(c.ch_mult) - 1:
                 level.downsample = Downsample(width)
-            self.down.append(level)
         self.mid = Middle(width, c.num_groups)
         self.norm_out = norm(width, c.num_groups)
         self.conv_out = nn.Conv2d(width, 2 * c.z_channels, 3, padding=1)
@@ -195,39 +190,37 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module, PyTorchModelHubMixin):
-    """Variational autoencoder whose latents are what MAR generates.
+    """Variational autoencoder whose latents are what MAR generates (MAR section 4).
 
     settings  the fields of `configs.VAEConfig`, and its defaults
 
     Raises ValueError if `num_groups` does not divide a level's width or the resolution cannot be
-    halved often enough. Source: MAR section 4; the architecture of Rombach et al. 2022.
+    halved often enough.
     """
 
     def __init__(self, **settings):
         super().__init__()
         c = from_json(VAEConfig, settings)  # as `from_pretrained` has them
-        odd = [c.ch * m for m in c.ch_mult if c.ch * m % c.num_groups]
-        if odd:
-            raise ValueError(
-                f"num_groups {c.num_groups} does not divide a level's {odd[0]} channels; "
-                "choose num_groups so that it divides ch * every ch_mult"
-            )
+        for width in (c.ch * mult for mult in c.ch_mult):
+            if width % c.num_groups:
+                raise ValueError(
+                    f"num_groups {c.num_groups} does not divide a level's {width} channels; "
+                    "choose num_groups so that it divides ch * every ch_mult"
+                )
         self.stride = side = 2 ** (len(c.ch_mult) - 1)
         if c.resolution % side:
             raise ValueError(
                 f"resolution {c.resolution} is not a multiple of 2^(levels - 1) = {side}; "
                 "use fewer levels in ch_mult or another resolution"
             )
-        self.in_channels, self.z_channels = c.in_channels, c.z_channels
+        colours, channels = self.in_channels, self.z_channels = c.in_channels, c.z_channels
         self.encoder, self.decoder = Encoder(c), Decoder(c)
-        self.quant_conv = nn.Conv2d(2 * c.z_channels, 2 * c.z_channels, 1)
-        self.post_quant_conv = nn.Conv2d(c.z_channels, c.z_channels, 1)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1)
         self.linear_path = c.linear_path
         if c.linear_path:
-            self.linear_in = nn.Conv2d(c.in_channels, c.z_channels, side, side, bias=False)
-            self.linear_out = nn.ConvTranspose2d(
-                c.z_channels, c.in_channels, side, side, bias=False
-            )
+            self.linear_in = nn.Conv2d(colours, channels, side, side, bias=False)
+            self.linear_out = nn.ConvTranspose2d(channels, colours, side, side, bias=False)
 
     @torch.no_grad()
     def start_linear(
@@ -235,13 +228,13 @@ class AutoencoderKL(nn.Module, PyTorchModelHubMixin):
     ) -> None:
         """Set the linear path to the principal components of patches, all else to add nothing.
 
-        images        (B, in_channels, H, W) float in [-1, 1], some of the training set
+        images        some of the training set, in [-1, 1]
         whitening     1: all components get the same spread, 0: each keeps its own, which differ by
                       a factor of 20 and more
         log_variance  of every latent value; the latents get a standard deviation of about 1
 
-        What the untrained model then reconstructs is the best that any linear map can do with
-        `z_channels` numbers a patch. Raises ValueError if the model has no linear path.
+        The untrained model then reconstructs as well as any linear map to `z_channels` numbers a
+        patch can. Raises ValueError if the model has no linear path.
         """
         if not self.linear_path:
             raise ValueError("this model has no linear path; build it with linear_path=True")
@@ -260,11 +253,10 @@ class AutoencoderKL(nn.Module, PyTorchModelHubMixin):
         self.quant_conv.bias[self.z_channels :] = log_variance
 
     def encode(self, images: Float[Tensor, "B C H W"]) -> DiagonalGaussian:
-        """Give the distribution of the latents, (B, z_channels, H / stride, W / stride).
+        """Give the distribution of the latents (B, z_channels, H / stride, W / stride).
 
-        images  (B, in_channels, H, W) float in [-1, 1]
-
-        Raises ValueError for another number of channels or a size that does not divide.
+        Raises ValueError unless the images, in [-1, 1], have the model's channels and H and W are
+        multiples of `stride`.
         """
         channels, height, width = images.shape[1:]
         if channels != self.in_channels or height % self.stride or width % self.stride:

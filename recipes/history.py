@@ -1,4 +1,4 @@
-"""How samples got better: the Fréchet distance at the moments that recipes/train.py kept.
+"""How samples got better: the Fréchet distance at the moments that `mar-mini train` kept.
 
     python recipes/history.py build/cifar10
     python recipes/history.py build/imagenette64 --reference build/imagenette64.safetensors
@@ -31,7 +31,7 @@ STEPS = 25  # of diffusion
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="folder that recipes/train.py wrote")
+    parser.add_argument("out", type=Path, help="folder that `mar-mini train` wrote")
     parser.add_argument(
         "--reference", type=Path, default=data_dir() / "reference" / "cifar10.safetensors"
     )

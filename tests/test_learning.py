@@ -17,6 +17,7 @@ from mar_mini.run.state import Interrupted
 from mar_mini.run.train import TrainingRun
 
 pytestmark = pytest.mark.slow
+together = pytest.mark.xdist_group("learning")  # one training for all
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,7 @@ def sample(pipeline, **arguments):
     )
 
 
+@together
 def test_the_asked_class_is_found(digits):
     pipeline, means = digits
     asked, images = sample(pipeline)
@@ -46,6 +48,7 @@ def test_the_asked_class_is_found(digits):
     assert share >= 0.70, f"{share:.0%} of 500 samples recognised after {pipeline.card}"
 
 
+@together
 def test_without_the_bound_on_x0_the_samples_are_noise(digits):
     """The terminal step: see the text of `mar_mini.diffusion`."""
     pipeline, means = digits
@@ -68,6 +71,7 @@ def test_without_the_bound_on_x0_the_samples_are_noise(digits):
     assert unbounded.std() > 10 * bounded.std(), f"std {unbounded.std():.2f} without it"
 
 
+@together
 def test_the_judge_can_fail(digits):
     """Random labels are not recognised, so a model that ignores its labels would not pass."""
     pipeline, means = digits

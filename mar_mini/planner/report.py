@@ -1,102 +1,94 @@
 """What `mar-mini info` says about a preset: its parts, and what training and sampling take."""
 
-import math
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
-from mar_mini.configs import Config, MARConfig, VAEConfig
+import numpy as np
+import torch
+
+from mar_mini.configs import Config, get_config
 from mar_mini.planner import memory as planning
-from mar_mini.planner import work as costs
-from mar_mini.planner.memory import SIZES
-from mar_mini.planner.rates import Rates
+from mar_mini.planner.work import (
+    Counter,
+    Work,
+    autoencoder_work,
+    empty,
+    meta,
+    total_flops,
+    training_work,
+)
+from mar_mini.transformer import Block
 
 
 @dataclass(frozen=True)
-class Use:
-    """How a preset is to be used; what is None is the preset's own.
-
-    batch_size  images of a training step on one device, and of one sampling
-    rates       of the device, None if no times are asked for
-    memory      bytes that the device has, None if nothing is to fit
-    dtype       of the products whose times are told, "float32" or "bfloat16"
-    gpu         whether the device of the training is one, where attention is fused
+class Rates:
+    """What a device does in a second: FLOPs of products, bytes read and written; seconds to start
+    an operation.
     """
 
-    batch_size: int = 16
-    num_iter: int | None = None
-    num_sampling_steps: int | None = None
-    cfg: float | None = None
-    rates: Rates | None = None
-    memory: float | None = None
-    dtype: str = "float32"
-    gpu: bool = True
+    flops: float
+    bytes: float
+    start: float = 0.0
+
+    def seconds(self, work: Work) -> float:
+        """Products take the longer of what they compute and what they move; the rest moves."""
+        products = np.maximum(work.flops / self.flops, work.product_bytes / self.bytes)
+        return float(
+            np.sum(products + work.other_bytes / self.bytes + work.operations * self.start)
+        )
 
 
-def describe(config: Config, use: Use) -> Iterator[str]:
-    """The report, line by line.
+@torch.no_grad()
+def measure_rates(dtype: str = "float32", clock: Callable[[], float] = time.perf_counter) -> Rates:
+    """This machine's rates for one large product, one large copy and a tiny block; about a second.
 
-    Raises ValueError for a batch or a number of steps that cannot be.
+    clock  what tells the seconds; on a busy machine, with one thread, time.process_time
     """
-    if use.batch_size < 1:
-        raise ValueError(f"batch_size is {use.batch_size}; expected 1 or more")
-    found = planning.parts(config)
-    yield f"{config.name}: parameters"
-    if config.mar:
-        yield from tree("MAR", found["mar"], mar_parts(config.mar))
-    if config.vae:
-        yield from tree("AutoencoderKL", found["autoencoder"], vae_parts(config.vae))
-    if config.mar:
-        yield from training(config, sum(found["mar"].values()), use)
-        yield from sampling(config, use)
-    else:
-        side, size = config.vae.resolution, SIZES[use.dtype]
-        yield f"\nautoencoder, {use.batch_size} images of {side}x{side}"
-        work = [
-            ("encoding", costs.vae_encode(config.vae, use.batch_size, side, size)),
-            ("decoding", costs.vae_decode(config.vae, use.batch_size, side, size)),
-        ]
-        yield from amounts(work, use)
+    a, b = (torch.randn(1024, 1024).to(getattr(torch, dtype)) for _ in range(2))
+    source, target = torch.zeros(2**24), torch.zeros(2**24)  # 64 MiB
+    tiny, x = Block(8, 1).eval(), torch.randn(1, 2, 8)
+
+    def median(function: Callable[[], object], times: int = 15) -> float:
+        seconds = []
+        for _ in range(times + 1):  # the first one warms up
+            begin = clock()
+            function()
+            seconds.append(clock() - begin)
+        return statistics.median(seconds[1:])
+
+    start = median(lambda: [tiny(x) for _ in range(50)], 9) / 50
+    operations = Counter().run(lambda: tiny.to("meta")(meta(1, 2, 8)))[1].operations
+    copied = median(lambda: target.copy_(source))
+    return Rates(
+        2 * 1024**3 / median(lambda: a @ b), 2 * source.nbytes / copied, start / operations
+    )
 
 
-def tree(name: str, found: dict[str, int], notes: dict[str, str]) -> Iterator[str]:
-    yield f"  {name:<16}{sum(found.values()):>14,}"
-    for part, number in found.items():
-        yield f"    {part:<14}{number:>14,}   {notes[part]}"
+def device_rates(
+    tflops: float | None,
+    gb_per_s: float | None,
+    us_per_operation: float,
+    here: bool,
+    dtype="float32",
+) -> Rates | None:
+    """The rates of a device as they were given, or of this one measured; None if neither.
 
-
-def mar_parts(mar: MARConfig) -> dict[str, str]:
-    tokens, width = costs.tokens_of(mar), costs.token_width(mar)
-    return {
-        "encoder": f"{mar.encoder_depth} blocks, width {mar.encoder_embed_dim}, "
-        f"{mar.encoder_num_heads} heads",
-        "decoder": f"{mar.decoder_depth} blocks, width {mar.decoder_embed_dim}, "
-        f"{mar.decoder_num_heads} heads; from the encoder's width to its own",
-        "head": f"{mar.diffloss_d} blocks, width {mar.diffloss_w}",
-        "embeddings": f"{mar.class_num} classes, {mar.buffer_size} buffer tokens, {tokens} tokens "
-        f"of {width} values",
-    }
-
-
-def vae_parts(vae: VAEConfig) -> dict[str, str]:
-    widths = ", ".join(str(vae.ch * mult) for mult in vae.ch_mult)
-    return {
-        "encoder": f"widths {widths}; {vae.num_res_blocks} residual blocks each",
-        "decoder": f"the same backwards, {vae.num_res_blocks + 1} residual blocks each",
-        "latents": f"{vae.z_channels} channels, a {2 ** (len(vae.ch_mult) - 1)}th of a side"
-        f"{'; the linear path' if vae.linear_path else ''}",
-    }
-
-
-def amounts(phases: list[tuple[str, costs.Work]], use: Use) -> Iterator[str]:
-    """FLOPs by part, and seconds where the rates are known."""
-    parts = {name: costs.Work() for name, _ in phases}
-    for name, work in phases:
-        parts[name] += work
-    seconds = use.rates.by_part(phases) if use.rates else {}
-    for name, work in (*parts.items(), ("together", costs.total(phases))):
-        took = "" if not seconds else f"{seconds.get(name, sum(seconds.values())):>14.3f} s"
-        yield f"  {name:<14}{si(work.flops) + 'FLOP' if work.flops else '-':>14}{took}"
+    Raises ValueError if numbers are missing, not above 0, or given and asked to be measured too.
+    """
+    for name, value in (("tflops", tflops), ("gb-per-s", gb_per_s)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} is {value}; expected more than 0")
+    if us_per_operation < 0:
+        raise ValueError(f"us-per-operation is {us_per_operation}; expected 0 or more")
+    if here and (tflops or gb_per_s):
+        raise ValueError("--here measures the rates; leave out --tflops and --gb-per-s, or it")
+    if (tflops is None) != (gb_per_s is None):
+        raise ValueError("times need both --tflops and --gb-per-s; give the other one too, or none")
+    if tflops and gb_per_s:
+        return Rates(tflops * 1e12, gb_per_s * 1e9, us_per_operation * 1e-6)
+    return measure_rates(dtype) if here else None
 
 
 def si(number: float) -> str:
@@ -108,86 +100,106 @@ def si(number: float) -> str:
     return f"{number:.{digits}f} {' kMGTPEZ'[power].strip()}"
 
 
-def fitting(
-    name: str,
-    memory: Callable[[int], dict[str, float]],
-    use: Use,
-    plan: Callable[[float], tuple[int, int]] | None = None,
+def amounts(work: dict[str, Work], rates: Rates | None) -> Iterator[str]:
+    """FLOPs by part, and seconds where the rates are known."""
+    rows = {
+        name: (total_flops({"": part}), rates and rates.seconds(part))
+        for name, part in work.items()
+    }
+    seconds = rates and sum(took for _, took in rows.values())
+    for name, (flops, took) in (rows | {"together": (total_flops(work), seconds)}).items():
+        took = "" if took is None else f"{took:>14.3f} s"
+        yield f"  {name:<14}{si(flops) + 'FLOP' if flops else '-':>14}{took}"
+
+
+def describe(
+    config: Config,
+    *,
+    batch_size=16,
+    rates: Rates | None = None,
+    memory: float | None = None,
+    dtype="float32",
+    gpu=True,
+    **given,
 ) -> Iterator[str]:
-    """One way to do it: its memory at that batch, and the batch that fits.
+    """The report, line by line.
 
-    plan  from the bytes that an image needs to micro batches, `planning.plan_run`
+    batch_size  images of a training step on one device, and of one sampling
+    rates       of the device, None if no times are asked for
+    memory      bytes that the device has, None if nothing is to fit
+    dtype       of the products whose times are told, "float32" or "bfloat16"
+    gpu         whether the device of the training is one, where attention is fused
+    given       settings of `planning.plan_sampling`
+
+    Raises ValueError for a batch or a number of steps that cannot be.
     """
-    need = memory(use.batch_size)
-    line = f"  {name:<34}{si(sum(need.values())) + 'B':>7}"
-    if use.memory:
-        most = planning.largest_batch(lambda batch: sum(memory(batch).values()), use.memory)
-        line += f", batch {most} fits in {si(use.memory)}B"
-        work = sum(n for kind, n in need.items() if kind in ("activations", "at work"))
-        micro, accumulate = plan(work / use.batch_size) if plan else (0, 0)
-        if accumulate:
-            line += f" ({micro * accumulate} as {accumulate} x {micro})"
-    yield f"{line}: {', '.join(f'{kind} {si(n)}B' for kind, n in need.items() if n)}"
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
+    mar, vae, own = config.mar, config.vae, planning.chosen(config, given)
+    notes, found = {}, planning.parts(config)
+    if mar:
+        model, count = empty(mar), planning.parameters(config)
+        tokens = model.seq_len
+        notes["mar"] = (
+            f"{mar.encoder_depth} blocks, width {mar.encoder_embed_dim}, "
+            f"{mar.encoder_num_heads} heads",
+            f"{mar.decoder_depth} blocks, width {mar.decoder_embed_dim}, "
+            f"{mar.decoder_num_heads} heads; from the encoder's width to its own",
+            f"{mar.diffloss_d} blocks, width {mar.diffloss_w}",
+            f"{mar.class_num} classes, {mar.buffer_size} buffer tokens, {tokens} tokens of "
+            f"{model.token_embed_dim} values",
+        )
+    if vae:
+        widths = ", ".join(str(vae.ch * mult) for mult in vae.ch_mult)
+        notes["autoencoder"] = (
+            f"widths {widths}; {vae.num_res_blocks} residual blocks each",
+            f"the same backwards, {vae.num_res_blocks + 1} residual blocks each",
+            f"{vae.z_channels} channels, a {2 ** (len(vae.ch_mult) - 1)}th of a side"
+            f"{'; the linear path' if vae.linear_path else ''}",
+        )
+    yield f"{config.name}: parameters"
+    for name, sizes in found.items():
+        title = {"mar": "MAR", "autoencoder": "AutoencoderKL"}[name]
+        yield f"  {title:<16}{sum(sizes.values()):>14,}"
+        for (part, number), note in zip(sizes.items(), notes[name], strict=True):
+            yield f"    {part:<14}{number:>14,}   {note}"
+    if not mar:
+        yield f"\nautoencoder, {batch_size} images of {vae.resolution}x{vae.resolution}"
+        yield from amounts(autoencoder_work(vae, batch_size, vae.resolution, dtype)[0], rates)
+        return
 
-
-def training(config: Config, count: int, use: Use) -> Iterator[str]:
-    """A training step on latents: memory in four ways, work and time in the preset's own.
-
-    Behind the batch that fits: the preset's batch in micro batches, on one device.
-    """
-    mar = config.mar
-    masked = costs.mean_mask_ratio(mar.mask_ratio_min) * costs.tokens_of(mar)
-    yield (
-        f"\na training step, {use.batch_size} images ({masked:.0f} of {costs.tokens_of(mar)} "
-        "tokens masked)"
-    )
-    work = costs.training_work(mar, use.batch_size, parameters=count, size=SIZES[use.dtype])
-    yield from amounts(work, use)
-    for name, size in (("float32", 4), ("bfloat16 autocast", 2)):
-        for checkpointing in (False, True):
-            way = replace(mar, grad_checkpointing=checkpointing)
-            memory = partial(planning.training_memory, way, count=count, size=size, gpu=use.gpu)
-            plan = partial(
-                planning.plan_run,
-                count,
-                memory_gb=(use.memory or 0) / 1e9,
-                batch=config.training.batch_size,
-                size=size,
+    def fitting(name: str, need: dict[str, float], size: int | None = None) -> str:
+        """One way to do it: its memory, and the batch that fits; to train, in micro batches."""
+        line = f"  {name:<34}{si(sum(need.values())) + 'B':>7}"
+        if memory:
+            line += (
+                f", batch {planning.largest_batch(need, batch_size, memory)} fits in {si(memory)}B"
             )
-            yield from fitting(name + ", checkpointing" * checkpointing, memory, use, plan)
+        if memory and size:
+            image = (need["activations"] + need["at work"]) / batch_size
+            whole = config.training.batch_size
+            micro, times = planning.plan_run(count, image, memory / 1e9, whole, size=size)
+            line += f" ({whole} as {times} x {micro})" if micro else ""
+        return f"{line}: {', '.join(f'{kind} {si(n)}B' for kind, n in need.items() if n)}"
 
+    masked = tokens * planning.mean_mask_ratio(mar.mask_ratio_min)
+    yield f"\na training step, {batch_size} images ({masked:.0f} of {tokens} tokens masked)"
+    yield from amounts(training_work(mar, batch_size, parameters=count, dtype=dtype), rates)
+    for name, kind in (("float32", "float32"), ("bfloat16 autocast", "bfloat16")):
+        for less in (False, True):
+            way = replace(mar, grad_checkpointing=less)
+            need = planning.training_memory(way, batch_size, dtype=kind, gpu=gpu)
+            yield fitting(name + ", checkpointing" * less, need, getattr(torch, kind).itemsize)
 
-def sampling(config: Config, use: Use) -> Iterator[str]:
-    """A sampling with the preset's settings or those asked for."""
-    own = config.sampling
-    num_iter = own.num_iter if use.num_iter is None else use.num_iter
-    num_steps = own.num_sampling_steps if use.num_sampling_steps is None else use.num_sampling_steps
-    cfg = own.cfg if use.cfg is None else use.cfg
-    _, work = planning.plan_sampling(
-        config,
-        use.batch_size,
-        use.dtype,
-        math.inf,
-        num_iter=num_iter,
-        num_sampling_steps=num_steps,
-        cfg=cfg,
-    )
+    _, work = planning.plan_sampling(config, batch_size, dtype, float("inf"), **given)
     yield (
-        f"\nsampling, {use.batch_size} images ({num_iter} iterations, {num_steps} diffusion "
-        f"steps, {f'guidance {cfg:g}' if cfg != 1 else 'no guidance'})"
+        f"\nsampling, {batch_size} images ({own.num_iter} iterations, {own.num_sampling_steps} "
+        f"diffusion steps, {f'guidance {own.cfg:g}' if own.cfg != 1 else 'no guidance'})"
     )
-    yield from amounts(work, use)
-    for name, size in SIZES.items():
-
-        def memory(batch: int, size=size) -> dict[str, float]:
-            return planning.sampling_memory(
-                config, batch=batch, num_iter=num_iter, guided=cfg != 1, size=size
-            )
-
-        yield from fitting(name, memory, use)
-
-
-# The command -------------------------------------------------------------------------------------
+    yield from amounts(work, rates)
+    for kind in ("float32", "bfloat16"):
+        need = planning.sampling_memory(config, batch_size, own.num_iter, own.cfg != 1, kind)
+        yield fitting(kind, need)
 
 
 def info(
@@ -206,7 +218,7 @@ def info(
 ) -> int:
     """Say what a preset is made of, and what memory and time it takes to train and to sample.
 
-    Nothing is built and nothing is run: it is all computed from the sizes.
+    Nothing is trained and no image is made: its operations are counted.
 
     Args:
         preset: name of the preset.
@@ -221,17 +233,20 @@ def info(
         here: measure these numbers on this machine's CPU first, for a second.
         bf16: times of bfloat16 products instead of float32.
     """
-    import torch
-
-    from mar_mini.configs import get_config
-    from mar_mini.planner.memory import available_memory
-    from mar_mini.planner.rates import device_rates
-
     config, dtype = get_config(preset), "bfloat16" if bf16 else "float32"
     if memory_gb is not None and memory_gb <= 0:
         raise ValueError(f"memory-gb is {memory_gb}; expected more than 0")
-    rates = device_rates(tflops, gb_per_s, us_per_operation, here, getattr(torch, dtype))
-    memory = memory_gb * 1e9 if memory_gb is not None else available_memory() if here else None
-    use = Use(batch_size, num_iter, num_sampling_steps, cfg, rates, memory, dtype, gpu=not here)
-    print("\n".join(describe(config, use)))
+    rates = device_rates(tflops, gb_per_s, us_per_operation, here, dtype)
+    memory = (
+        memory_gb * 1e9 if memory_gb is not None else planning.available_memory() if here else None
+    )
+    given = {"num_iter": num_iter, "num_sampling_steps": num_sampling_steps, "cfg": cfg}
+    use = {
+        "batch_size": batch_size,
+        "rates": rates,
+        "memory": memory,
+        "dtype": dtype,
+        "gpu": not here,
+    }
+    print("\n".join(describe(config, **use, **given)))
     return 0

@@ -235,17 +235,15 @@ def random_pipeline(
 ) -> Pipeline:
     """A preset with random weights, once it is said what sampling takes and if that is there."""
     from mar_mini.planner.memory import available_memory, plan_sampling
-    from mar_mini.planner.rates import measure_rates
-    from mar_mini.planner.report import si
+    from mar_mini.planner.report import measure_rates, si
 
     preset, dtype = get_config(config), "bfloat16" if bf16 else "float32"
     steps = {k: v for k, v in settings.items() if k != "temperature"}
-    memory, phases = plan_sampling(preset, batch_size, dtype, available_memory(), **steps)
-    kind = getattr(torch, dtype)
-    seconds = sum(measure_rates(kind).by_part(phases).values())
+    memory, work = plan_sampling(preset, batch_size, dtype, available_memory(), **steps)
+    seconds = sum(map(measure_rates(dtype).seconds, work.values()))
     what = f"{config} with random weights, a batch of {batch_size} in {dtype}"
     print(f"{what}: predicted {seconds:.1f} s and {si(memory)}B")
     start = time.perf_counter()
-    pipeline = untrained(preset, seed, kind)
+    pipeline = untrained(preset, seed, getattr(torch, dtype))
     print(f"built in {time.perf_counter() - start:.1f} s", flush=True)
     return pipeline

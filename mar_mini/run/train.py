@@ -4,7 +4,6 @@ mar-mini train --config digits
 torchrun --nproc-per-node=8 -m mar_mini train --config mar_base --latents LATENTS --out OUT
 """
 
-import math
 import shlex
 import subprocess
 import sys
@@ -30,19 +29,19 @@ from mar_mini.data import Images, InMemory, normalise
 from mar_mini.fast import speed_up
 from mar_mini.files import write_atomically
 from mar_mini.mar import MAR
-from mar_mini.planner.fit import fit_training
-from mar_mini.planner.memory import parameters
+from mar_mini.planner.memory import check_fits, largest_batch, parameters, training_memory
 from mar_mini.run.distributed import in_all, join, own_device
 from mar_mini.run.images import ImageSet, open_images
 from mar_mini.run.latents import LatentShards
 from mar_mini.run.state import Checkpoints, History, Interrupted, resumable
-from mar_mini.training import Step, Terms, Training, mar_terms, vae_terms
+from mar_mini.training import Step, Terms, Training, mar_terms, multiplies_bf16, vae_terms
 from mar_mini.vae import AutoencoderKL, latent_scale
 
 AUTOENCODER, MASKED = "autoencoder", "masked autoregressive model"
 # shares of a run at which weights and samples are kept, closer together where more happens
 MOMENTS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SMALL = 50_000_000  # parameters up to which they are kept without being asked for
+ROOM = 0.9  # share of a device's memory that a plan fills: allocators leave gaps
 GO_ON = 75  # exit status "temporary failure": a part has ended, the run has not
 # what may change when a run goes on: its budget, and how a step is cut to fit into memory
 FREE = {"max_steps", "max_seconds", "accumulate", "grad_checkpointing"}
@@ -262,20 +261,8 @@ def train(what: Literal["mar", "vae"] = "mar", *, options: TrainOptions = TrainO
     out = Path(options.out or Path("build") / config.name)
     with join(options.strategy, device) as kind:
         rank = dist.get_rank() if dist.is_initialized() else 0
-        # GPU memory that is free; a CPU is not planned for unless it is asked for
-        memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
-        memory = memory if options.memory_gb is None else 1e9 * options.memory_gb
-        known = in_all(lambda rank, size: memory)
         if what == "mar":
-            config = fit_training(
-                config,
-                min(known),
-                device,
-                processes=len(known),
-                sharded=options.strategy == "fsdp",
-                accumulate=options.accumulate,
-                checkpointing=options.checkpoint_activations,
-            )
+            config = planned(config, options, device)
         if options.latents is not None:
             images, source, checksum = LatentShards(options.latents), options.latents, "data_crc32"
         else:
@@ -337,6 +324,37 @@ def configured(what: str, options: TrainOptions) -> Config:
     return config
 
 
+def planned(config: Config, options: TrainOptions, device: torch.device) -> Config:
+    """The preset with its step cut into the fewest micro batches that fit into each device.
+
+    A CPU is not planned for, unless the options say what it has. Raises ValueError, with what would
+    fit, before a run that cannot.
+    """
+    memory, training = options.memory_gb and 1e9 * options.memory_gb, config.training
+    if memory is None and device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[0]
+    known, precision = in_all(lambda rank, size: memory), training.precision
+    if None in known:
+        mar = replace(config.mar, grad_checkpointing=options.checkpoint_activations)
+        return replace(config, mar=mar)
+    if precision == "auto" and not multiplies_bf16(device):
+        precision = "float32"
+    dtype = "float32" if precision == "float32" else "bfloat16"
+    processes, memory = len(known), ROOM * min(known)
+    sharded = options.strategy == "fsdp"
+    share = max(1, training.batch_size // processes)
+    cuts = [n for n in range(1, share + 1) if share % n == 0 and n == (options.accumulate or n)]
+    for checkpointing in (True,) if options.checkpoint_activations else (False, True):
+        mar = replace(config.mar, grad_checkpointing=checkpointing)
+        need = training_memory(mar, 16, dtype=dtype, shards=processes if sharded else 1)
+        most = largest_batch(need, 16, memory)
+        if fitting := [cut for cut in cuts if share // cut <= most]:
+            return replace(config, mar=mar, training=replace(training, accumulate=fitting[0]))
+    how = {"precision": precision, "world_size": processes, "strategy": options.strategy}
+    check_fits(config, share // training.accumulate, memory, **how)
+    return config
+
+
 def watch(
     run: TrainingRun, folder: Path, moments: tuple[float, ...] = MOMENTS, tensorboard: bool = False
 ) -> None:
@@ -362,10 +380,11 @@ def watch(
         if progress.stage != stage:
             stage = progress.stage
             history = History(folder / f"history_{stage.split()[0]}.json")
-            batch, parts = run.training.config.batch_size, run.training.config.accumulate
+            own = run.training.config
             bar.write(
-                f"training the {stage} from step {step.step}; batch size {batch} = "
-                f"{run.training.world_size} processes x {parts} micro batches"
+                f"training the {stage} from step {step.step}: batch size {own.batch_size} = "
+                f"{run.training.world_size} processes x {own.accumulate} micro batches, "
+                f"learning rate {own.learning_rate:.3g}, {own.max_steps or 'any number of'} steps"
             )
         line = ", ".join(f"{name} {value:.4f}" for name, value in terms.items())
         line = f"step {step.step}, {step.images_seen / step.seconds:.0f} images/s, {line}"

@@ -809,7 +809,7 @@ for name, number in numbers.items():
 # Photographs take more than a minute. `data/weights/cifar10` has the history of one training on one
 # core, 142 minutes long, and five for its autoencoder before. It is *stored*, made by
 #
-#     python recipes/train.py --data cifar10 --config cifar10 --out build/cifar10 --minutes 142
+#     mar-mini train --data cifar10 --config cifar10 --out build/cifar10 --max-minutes 142
 #     python recipes/history.py build/cifar10
 #
 # The second command draws samples at 20 moments and measures their Fréchet distance to the training

@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
+from mar_mini.planner.rates import measure_rates
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,10 +41,9 @@ from mar_mini.checkpoints import empty
 from mar_mini.checks import full_size as check
 from mar_mini.planner import memory as planning
 from mar_mini.planner import work as costs
-from mar_mini.planner.rates import measure_rates
 from mar_mini.run import hub
 from mar_mini.run.images import open_images
-from mar_mini.run.train import train_pipeline
+from mar_mini.run.train import TrainingRun
 from mar_mini.training import train_mar
 from mar_mini.viz import figures as fig
 
@@ -529,8 +529,8 @@ print("one GPU, 32 images:     ", scaled_recipe(32, 1, 1, images=IMAGENET, epoch
 #
 # If only the effective batch counts, then one process with 48 images and two with 24 each must
 # train *the same* model. Try it: **your** `plan_run` cuts the digits' batch for two pretended GPUs
-# of 13 MB, and the recipe of the course (`recipes/train.py`, started by PyTorch's `torchrun`)
-# trains with **your** numbers on two processes. This notebook does it alone, in one piece. Images,
+# of 13 MB, and `mar-mini train`, started by PyTorch's `torchrun`, trains with **your** numbers on
+# two processes. This notebook does it alone, in one piece. Images,
 # masks and noise are drawn for the whole batch from the seed and the step, whoever computes what.
 # (The digits' own rate, 0.003 for 48 images, is a base rate of 0.016: a small, short run takes
 # larger steps than the paper's.) *Predict first:* equal to the last digit?
@@ -541,13 +541,13 @@ def on_processes(count, accumulate, batch, rate, steps):
     with tempfile.TemporaryDirectory() as out:
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone",
-            f"--nproc-per-node={count}", repo / "recipes/train.py", "--config", "digits",
-            "--data", "digits", "--out", out, "--batch-size", batch, "--learning-rate", rate,
-            "--accumulate", accumulate, "--steps", steps, "--seed", seed,
-            "--precision", "float32", "--device", "cpu"]
+            f"--nproc-per-node={count}", "-m", "mar_mini", "train", "--config", "digits",
+            "--out", out, "--batch-size", batch, "--learning-rate", rate,
+            "--accumulate", accumulate, "--max-steps", steps, "--seed", seed,
+            "--precision", "float32", "--device", "cpu", "--no-samples"]
         quiet = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run([str(word) for word in command], env=quiet, timeout=300,
-                              capture_output=True, text=True)
+                              capture_output=True, text=True, cwd=repo)
         if done.returncode:
             raise RuntimeError(f"torchrun failed, its last words: {done.stderr[-2000:]}")
         rows = json.loads((Path(out) / "history_masked.json").read_text("utf-8"))
@@ -559,8 +559,7 @@ def alone(batch, rate, steps):
     digits = get_config("digits")
     training = replace(digits.training, batch_size=batch, learning_rate=rate, max_steps=steps,
                        max_seconds=None, precision="float32")
-    run = train_pipeline(replace(digits, training=training), data.normalise(images.images),
-                         images.labels, images.classes, seed=seed)
+    run = TrainingRun(replace(digits, training=training), images, seed=seed)
     return [progress.step.loss for progress in run]
 
 

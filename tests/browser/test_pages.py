@@ -11,6 +11,8 @@ import pytest
 from browser import drag
 from conftest import seen_states
 
+# one browser and one server for all
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pages")]
 REPO = Path(__file__).resolve().parents[2]
 CELLS = """\
 # %%

@@ -137,6 +137,18 @@ def test_a_failure_and_ctrl_c_end_both_kernels(repo, request, monkeypatch, capfd
     assert not (repo / "build" / "course" / "01_draw.ipynb").exists()  # a whole one may stand there
 
 
+def test_the_command_says_how_long_each_took_and_what_stopped(repo, monkeypatch, capsys):
+    monkeypatch.setattr(course, "repository", lambda: repo)
+    monkeypatch.setitem(course.BUDGETS, "01", 0.01)
+    assert course.course(("3", "01_draw")) == 0
+    said = capsys.readouterr().out
+    assert "01_draw          running ...\n" in said and "03_after" in said
+    assert " s (budget 0.01 s)  over budget\n" in said and said.count("over budget") == 1
+    assert str(repo / "build" / "samples.png") in said and "02_fail" not in said
+    assert course.course(("02",)) == 1
+    assert "The course stopped: 02_fail: cell 1" in capsys.readouterr().err
+
+
 def test_run_course_knows_its_chapters(repo):
     with pytest.raises(ValueError, match="no chapter '07'; there are: 01_draw, 02_fail, 03_after"):
         next(course.run_course(repo, repo / "build", ["07"]))

@@ -11,9 +11,12 @@ import torch
 
 from mar_mini import MAR
 from mar_mini.course import symptoms
-from mar_mini.course.symptoms import STATES, Evidence, Leaking, diagnose, measure, small_digits
+from mar_mini.course.symptoms import STATES, Evidence, Leaking, diagnose, measure
 
 STORED = symptoms.stored_evidence()
+
+
+small_digits = cache(symptoms.small_digits)
 
 
 def stored(state):

@@ -12,8 +12,7 @@ from test_imagenet import recipe
 
 from mar_mini import cli, get_config, load_pretrained
 from mar_mini.data import load_images
-from mar_mini.planner import fit
-from mar_mini.planner.memory import parameters, training_memory
+from mar_mini.planner.memory import training_memory
 from mar_mini.run import train as module
 from mar_mini.run.train import MOMENTS, TrainOptions, train
 
@@ -47,14 +46,13 @@ def on_gpu(monkeypatch, memory: float) -> None:
     """As if there were a GPU with so many bytes that multiplies bfloat16."""
     monkeypatch.setattr(module, "own_device", lambda kind: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory, memory))
-    monkeypatch.setattr(fit, "multiplies_bf16", lambda device: True)
+    monkeypatch.setattr(module, "multiplies_bf16", lambda device: True)
 
 
 def needed(config) -> float:
     """Bytes of a training step under bfloat16 autocast on one GPU."""
     micro = config.training.batch_size // config.training.accumulate
-    memory = training_memory(config.mar, micro, count=parameters(config), size=2)
-    return sum(memory.values())
+    return sum(training_memory(config.mar, micro, dtype="bfloat16").values())
 
 
 # Whether it fits ----------------------------------------------------------------------------------
