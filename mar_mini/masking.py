@@ -105,8 +105,8 @@ def check_order(result, height, width, batch_size, name="the order") -> Int[Tens
         got = result.dtype if isinstance(result, Tensor) else type(result).__name__
         raise ValueError(f"{name} is {got}; expected int64 ({batch_size}, {length})")
     if result.shape != (batch_size, length):
-        got = tuple(result.shape)
-        raise ValueError(f"{name} has shape {got}; expected ({batch_size}, {length}), one row an image")
+        got, want = tuple(result.shape), (batch_size, length)
+        raise ValueError(f"{name} has shape {got}; expected {want}, one row an image")
     expected = torch.arange(length, device=result.device)
     wrong = (result.sort(1).values != expected).any(1).nonzero().flatten()
     if len(wrong):
