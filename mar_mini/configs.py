@@ -113,11 +113,9 @@ def scaled_recipe(
 ) -> tuple[int, float, int]:
     """Effective batch, learning rate and steps of a training (MAR section 4).
 
-    micro_batch  images that a process computes at a time
-    accumulate   micro batches whose gradients a process adds up before each step
-    processes    whose gradients are averaged before each step
-    images       of the data set, each of which is seen `epochs` times; whole steps only
-    blr          base learning rate: that of 256 images, to which the rate is in proportion
+    A step averages the gradients of `processes`, each of which adds up those of `accumulate` micro
+    batches. Each image is seen `epochs` times, in whole steps. The rate is in proportion to the
+    batch; `blr` is that of 256 images.
     """
     batch = micro_batch * accumulate * processes
     return batch, blr * batch / 256, int(epochs * images) // batch

@@ -1,20 +1,14 @@
-"""Images in: the bundled parquet files and your own, through the `datasets` library.
-
-`datasets` is imported where it is used, so that importing this module stays quick.
-"""
+"""Images in: the bundled parquet files and your own, and what a step of a training sees."""
 
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int, Int64, UInt8
 from torch import Tensor
-
-if TYPE_CHECKING:
-    import datasets
 
 BLOCK = 32
 
@@ -22,8 +16,7 @@ BLOCK = 32
 def data_dir() -> Path:
     """Return the folder of the bundled data: MAR_MINI_DATA, or `data/` beside the package.
 
-    It is `data/` beside the package (in a wheel: inside of it), or the folder in the environment
-    variable MAR_MINI_DATA. Raises ValueError if that folder does not exist.
+    In a wheel it is inside of the package. Raises ValueError if that folder does not exist.
     """
     package = Path(__file__).resolve().parent
     bundled = package / "_data" if (package / "_data").is_dir() else package.parent / "data"
@@ -36,17 +29,16 @@ def data_dir() -> Path:
     return folder
 
 
-def load_images(name_or_path: str | Path, split: str = "train") -> "datasets.Dataset":
+def load_images(name_or_path: str | Path, split: str = "train"):
     """Load labelled images from parquet into memory; nothing is downloaded or cached on disk.
 
     name_or_path  a bundled name (`digits`, `cifar10_mini`), a folder with `{split}.parquet`, or
                   one .parquet file; a bare word is a bundled name, write `./faces` for a folder
-    split         `train` or `test`; not used if `name_or_path` is a file
-    returns       dataset with columns `image` (read as PIL images) and `label` (ClassLabel)
 
-    Raises ValueError if there is no such file, or it is damaged or lacks these two columns.
+    Raises ValueError if there is no such file, or it is damaged or lacks one of the columns
+    `image` (PIL images) and `label` (ClassLabel) of the datasets.Dataset.
     """
-    import datasets
+    import datasets  # here, so that importing this module stays quick
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -93,15 +85,15 @@ def _find(name_or_path: str | Path, split: str) -> Path:
     return path / f"{split}.parquet"
 
 
-def class_names(dataset: "datasets.Dataset") -> list[str]:
+def class_names(dataset) -> list[str]:
     """Return the names of the classes; label i is called `class_names(dataset)[i]`."""
     return dataset.features["label"].names
 
 
-def to_tensors(dataset: "datasets.Dataset") -> tuple[UInt8[Tensor, "N C H W"], Int64[Tensor, " N"]]:
+def to_tensors(dataset) -> tuple[UInt8[Tensor, "N C H W"], Int64[Tensor, " N"]]:
     """Decode all images (C = 1 if all are grey, else RGB) and labels of a dataset.
 
-    Raises ValueError if the dataset is empty or the images differ in size.
+    Raises ValueError if it is empty or the images differ in size.
     """
     pictures = list(dataset["image"])
     if not pictures:
@@ -120,10 +112,7 @@ def to_tensors(dataset: "datasets.Dataset") -> tuple[UInt8[Tensor, "N C H W"], I
 
 
 def normalise(images: Tensor) -> Float32[Tensor, "..."]:
-    """Map pixel values, uint8 0 to 255, to the range that the model works in, -1 to 1.
-
-    Raises ValueError for another dtype, such as that of images normalised before.
-    """
+    """Map uint8 pixels, 0 to 255, to the model's range, -1 to 1. Raises ValueError for others."""
     if images.dtype != torch.uint8:
         raise ValueError(f"images are {images.dtype}, expected torch.uint8 in 0 to 255")
     return images.float() / 127.5 - 1
@@ -146,10 +135,8 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: Tensor, flip: Tensor, generator: torch.Generator) -> Tensor:
-        """Give some images as (n, C, H, W) float32, for `MAR.patchify`.
+        """Give images of n indices as (n, C, H, W) float32, mirrored where `flip` (n,) is True.
 
-        indices    (n,) int64
-        flip       (n,) bool, True = mirrored
         generator  on the CPU, for what is random in them (a draw from the posterior)
         """
 
@@ -158,11 +145,9 @@ class InMemory:
     """Images that are tensors, on any device; nothing in them is random.
 
     latents   (N, C, H, W) float, as `MAR.patchify` takes them
-    labels    (N,) int64
-    mirrored  the same of the mirrored images; without them the last axis is reversed, which is
+    labels    (N,) int64; ValueError if they are not as many
+    mirrored  latents of the mirrored images; without them the last axis is reversed, which is
               right for pixels only
-
-    Raises ValueError if these do not belong together.
     """
 
     def __init__(self, latents: Tensor, labels: Tensor, mirrored: Tensor | None = None):
@@ -188,8 +173,7 @@ class InMemory:
 def fetch(images: Images, picked: Tensor, flip: Tensor, rows: slice, seed: int) -> Tensor:
     """Read some rows of the batch `picked` (B,), the same whoever asks for which rows.
 
-    They come in blocks of 32 rows, each with random numbers of its own, so that a process that
-    needs a part of the batch need not read all of it.
+    Blocks of 32 rows have random numbers of their own: who needs a part need not read all.
     """
     first = rows.start - rows.start % BLOCK
     parts = []

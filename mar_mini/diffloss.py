@@ -17,10 +17,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def draw_noise(n: int, channels: int, generator: Generators, like: Tensor) -> Tensor:
-    """Draw standard normal noise (n, C) of the dtype and on the device of `like`.
-
-    From a list of G generators each draws its own n / G rows, so that they depend on no other.
-    """
+    """Draw standard normal noise (n, C); each of G generators draws n / G rows of its own."""
     if isinstance(generator, Sequence):
         rows = n // len(generator)
         return torch.cat([draw_noise(rows, channels, g, like) for g in generator])
@@ -40,8 +37,8 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        first, second = nn.Linear(self.num_sinusoids, width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(first, nn.SiLU(), second)
+        layers = nn.Linear(self.num_sinusoids, width), nn.SiLU(), nn.Linear(width, width)
+        self.mlp = nn.Sequential(*layers)
 
     @classmethod
     def sinusoids(cls, t: Int[Tensor, " N"]) -> Float[Tensor, "N 256"]:
@@ -85,11 +82,7 @@ class FinalLayer(nn.Module):
 
 
 class SimpleMLPAdaLN(nn.Module):
-    """The denoising MLP: noisy token, timestep and z in; predicted noise and variance out.
-
-    checkpointing  recompute activations in the backward pass: less memory
-    block          what to build it from: anything called like `ResBlock`
-    """
+    """The denoising MLP: noisy token, timestep and z in; predicted noise and variance out."""
 
     def __init__(self, channels, width, z_channels, depth, checkpointing=False, block=ResBlock):
         super().__init__()
@@ -133,11 +126,8 @@ class SimpleMLPAdaLN(nn.Module):
 
 
 def as_steps(net: nn.Module, z: Tensor, timesteps: Tensor) -> Callable[[Tensor, int], Tensor]:
-    """Turn net(x, timesteps[i], z) into a function of (x, i), which embeds t and z only once.
-
-    A network with a `forward` of its own is called as it is.
-    """
-    if type(net).forward is not SimpleMLPAdaLN.forward:
+    """Turn net(x, timesteps[i], z) into a function of (x, i), which embeds t and z only once."""
+    if type(net).forward is not SimpleMLPAdaLN.forward:  # one's own is called as it is
         return lambda x, i: net(x, timesteps[i].expand(len(x)), z)
     embedded, condition = net.time_embed(timesteps), net.cond_embed(z)  # (T, W), (N, W)
     return lambda x, i: net.denoise(x, embedded[i] + condition)
@@ -161,25 +151,19 @@ def masked_rows(x: Tensor | None, mask: Tensor, repeat: int) -> Tensor | None:
 
 
 class Head(nn.Module):
-    """What MAR expects of a head: p(token | z) to train and to sample from.
+    """What MAR expects of a head, p(token | z); one's own writes `forward` and `sample`."""
 
-    A head of one's own subclasses this and writes `forward` and `sample`.
-    """
-
-    def forward(self, target, z, mask=None, *, repeat=1, t=None, noise=None, generator=None):
-        """Compute the loss, a scalar; arguments as for `DiffLoss.terms`."""
-        raise NotImplementedError
+    def forward(self, target, z, mask=None, **given) -> Float[Tensor, ""]:
+        """Compute the loss; arguments as for `DiffLoss.terms`."""
+        return self.terms(target, z, mask, **given)["loss"]
 
     def terms(self, target, z, mask=None, **given) -> dict[str, Tensor]:
         """Compute the loss and what it is made of, by name, scalars."""
         return {"loss": self(target, z, mask, **given)}
 
     def draw(self, n, generator, t=None, noise=None) -> tuple[Tensor | None, Tensor | None]:
-        """Draw t and noise of n rows, where they are not given; None: `forward` draws.
-
-        A head that draws here has the same losses in micro batches and on several processes.
-        """
-        return t, noise
+        """Draw t and noise of n rows, where they are not given; None: `forward` draws."""
+        return t, noise  # a head that draws here has the same losses in micro batches
 
     def sample(self, z, z_uncond=None, *, cfg=1.0, **settings) -> Tensor:
         """Draw tokens (N, C) given z (N, D); arguments as for `DiffLoss.sample`."""
@@ -193,7 +177,7 @@ class DiffLoss(Head):
     z_channels          D, width of z
     depth, width        of the denoising MLP
     num_sampling_steps  diffusion steps while sampling, by default
-    mlp, settings       further arguments of `SimpleMLPAdaLN`
+    mlp, settings       of the MLP: `checkpointing`, and `block`, anything called like `ResBlock`
     """
 
     def __init__(
@@ -206,15 +190,10 @@ class DiffLoss(Head):
         self.diffusion = Diffusion()
         Diffusion(num_sampling_steps)  # refuses an impossible number now, not when sampling
 
-    def forward(self, target, z, mask=None, **given) -> Float[Tensor, ""]:
-        """Compute the mean loss over the masked tokens (over all without a mask); see `terms`."""
-        return self.terms(target, z, mask, **given)["loss"]
-
     def terms(self, target, z, mask=None, *, repeat=1, t=None, noise=None, generator=None):
         """Compute the loss and its two parts, `mse` and `vb`, as means over the masked tokens.
 
-        target    (N, C) clean tokens
-        z         (N, D) conditions
+        target    (N, C) clean tokens; z (N, D) their conditions
         mask      (N,) bool, True = counts; the head does not even look at the others
         repeat    noise levels drawn for each token
         t, noise  (R,) int64 timesteps in [0, 1000) and (R, C) noise of R = repeat * N rows,
@@ -260,14 +239,11 @@ class DiffLoss(Head):
     ) -> Float[Tensor, "N C"]:
         """Draw one token for each z by running the diffusion backwards (MAR section 3.2).
 
-        z_uncond            conditions without class, for guidance only
-        cfg                 guidance weight; 1 = none
-        temperature         scale of the noise that "ddpm" injects; of the initial noise for others
-        clip                bound on |x0|, for models trained on a small budget (see `diffusion`)
-        num_sampling_steps  2 to 1000; the constructor's if None
-        solver              "ddpm", "ddim" or a function like them, such as `fast.dpm_solver`
-        generator           one torch.Generator, or a list of G of them for N / G rows each. One
-                            draw for the initial state, one for each step but the last
+        z_uncond   conditions without class, for guidance only
+        generator  one torch.Generator, or a list of G of them for N / G rows each. One draw for
+                   the initial state, one for each step but the last
+
+        The further arguments are those of `sampling.sample`.
         """
         walk, diffusion = reverse_walk(solver, num_sampling_steps or self.num_sampling_steps)
         dtype = self.net.input_proj.weight.dtype
@@ -286,10 +262,7 @@ class DiffLoss(Head):
 
 
 def reverse_walk(solver: str | Solver, num_steps: int) -> tuple[Solver, Diffusion]:
-    """Find a solver by its name, and the timesteps that it walks on.
-
-    Raises ValueError for an unknown name or an impossible number of steps.
-    """
+    """Find a solver by its name, and its timesteps. Raises ValueError if there are none such."""
     walk = choose("solver", solver, SOLVERS)
     last = NUM_TIMESTEPS - 1 if walk is ddpm else DETERMINISTIC_START
     return walk, Diffusion(num_steps, last)

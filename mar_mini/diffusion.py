@@ -28,14 +28,11 @@ Draw = Callable[[], Tensor]  # -> standard normal noise (N, C)
 
 
 def cosine_alpha_bars(num_timesteps: int = NUM_TIMESTEPS) -> Float[Tensor, " T"]:
-    """Share of the signal's variance that is left after each step (Nichol & Dhariwal, eq. 17).
-
-    It is float64 and falls from almost 1 to almost 0; no single step removes more than 99.9%.
-    """
+    """Share of the signal's variance left after each step, float64 (Nichol & Dhariwal, eq. 17)."""
     # on the CPU even where a model is built without memory: these numbers are not loaded later
     u = torch.arange(num_timesteps + 1, dtype=torch.float64, device="cpu") / num_timesteps
     signal = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-    betas = (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
+    betas = (1 - signal[1:] / signal[:-1]).clamp(max=0.999)  # no step removes all
     return (1 - betas).cumprod(0)
 
 
@@ -60,9 +57,7 @@ class Diffusion:
 
     def __init__(self, num_steps: int = NUM_TIMESTEPS, last: int = NUM_TIMESTEPS - 1):
         if not 2 <= num_steps <= last + 1:
-            raise ValueError(
-                f"num_sampling_steps is {num_steps}; expected 2 to {last + 1} diffusion steps"
-            )
+            raise ValueError(f"num_sampling_steps is {num_steps}; expected 2 to {last + 1}")
         self.num_steps = num_steps
         kept = [round(k * last / (num_steps - 1)) for k in range(num_steps)]
         self.timestep_map = torch.tensor(kept, device="cpu")
@@ -117,7 +112,7 @@ class Diffusion:
         return ReverseStep(self.posterior_mean(x0, x_t, t), log_variance, x0)
 
     def p_sample(self, output, x_t, t, noise, temperature=1.0, clip=None) -> Float[Tensor, "N C"]:
-        """Draw x_{t-1} given x_t; arguments as for `p_mean_variance`.
+        """Draw x_{t-1} given x_t; further arguments as for `p_mean_variance`.
 
         noise        (N, C) standard normal, or None for the mean; at t = 0 none is injected
         temperature  scale of the injected noise (MAR section 4)
@@ -162,10 +157,7 @@ def approximate_normal_cdf(x: Tensor) -> Tensor:
 
 
 def discretised_nll(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Negative log-likelihood in nats of x in [-1, 1] in bins of 2/255, element by element.
-
-    The outermost bins are open. Source: Ho et al. 2020, section 3.3.
-    """
+    """-log p in nats of x in [-1, 1] in bins of 2/255, the outermost open (Ho et al., sec. 3.3)."""
     centred, inv_std = x - mean, torch.exp(-log_std)
     upper = approximate_normal_cdf(inv_std * (centred + 1 / 255))
     lower = approximate_normal_cdf(inv_std * (centred - 1 / 255))

@@ -24,18 +24,13 @@ NO_CLASS = -1  # the label of an image whose class is not given, or dropped
 
 @dataclass(frozen=True)
 class StepDraws:
-    """Everything random in a training step of B images, but dropout.
+    """Everything random in a training step of B images, but dropout."""
 
-    mask        (B, L) bool, True = masked, the same number M in each row
-    num_masked  M
-    dropped     (B,) bool, True = the label is left out
-    t, noise    (R * B * M,) int64 and (R * B * M, C) for R = diffusion_batch_mul, repetition-major,
-                then batch, then position; None for a head that draws for itself
-    """
-
-    mask: Tensor
-    num_masked: int
-    dropped: Tensor
+    mask: Tensor  # (B, L) bool, True = masked, the same number in each row
+    num_masked: int  # that number, M
+    dropped: Tensor  # (B,) bool, True = the label is left out
+    # of R * B * M rows for R = diffusion_batch_mul, repetition-major, then batch, then position;
+    # None for a head that draws for itself
     t: Tensor | None
     noise: Tensor | None
 
@@ -53,11 +48,8 @@ class StepDraws:
 class MAR(nn.Module, PyTorchModelHubMixin):
     """Masked autoregressive image generation with a diffusion head (arXiv 2406.11838).
 
-    settings     the fields of `configs.MARConfig`, and its defaults
-    block, head  what to build the transformer and the head from: anything called like `Block` and
-                 `DiffLoss`
-
-    Raises ValueError if an image cannot be cut into whole tokens or a setting is out of range.
+    block, head  what to build it from: anything called like `Block` and `DiffLoss`
+    settings     the fields of `configs.MARConfig`; ValueError if they do not fit each other
     """
 
     def __init__(self, *, block=Block, head=DiffLoss, **settings):
@@ -122,9 +114,7 @@ class MAR(nn.Module, PyTorchModelHubMixin):
                 f"{tuple(latents.shape)}; encode, crop or resize to what the model was built for"
             )
         if not latents.is_floating_point():
-            raise ValueError(
-                f"latents are {latents.dtype}; expected float, for pixels mar_mini.data.normalise()"
-            )
+            raise ValueError(f"latents are {latents.dtype}; expected float (see data.normalise)")
         return tokens.patchify(latents, self.patch_size)
 
     def unpatchify(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B C H W"]:
@@ -141,9 +131,7 @@ class MAR(nn.Module, PyTorchModelHubMixin):
     ) -> Float[Tensor, "B S D"]:
         """Encode the known tokens, with the class in the buffer tokens in front of them.
 
-        x           tokens; what stands at masked places is never used
-        mask        True = masked, the same number in each row
-        labels      (B,) int64, -1 = no class
+        mask        True = masked, the same number in each row; x is never used there
         num_masked  that number; counted if None, with a ValueError where rows differ
         """
         known = None if num_masked is None else mask.shape[1] - num_masked
@@ -164,12 +152,11 @@ class MAR(nn.Module, PyTorchModelHubMixin):
     def forward_decoder(
         self, x: Float[Tensor, "B S D"], mask: Bool[Tensor, "B L"], wanted=None, num_wanted=None
     ) -> Float[Tensor, "B M E"]:
-        """Put a mask token where a token is missing, and compute z, the head's condition.
+        """Put a mask token where a token is missing; compute z, the head's condition.
 
         x           from `forward_encoder` under the same mask
         wanted      (B, L) bool, True = z is needed there, the same number in each row; all if None
         num_wanted  that number; counted if None
-        returns     z of the M wanted places, positions ascending
         """
         known = x.shape[1] - self.buffer_size
         if num_wanted is None and masking.same_count(~mask) != known:
@@ -185,11 +172,8 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         return self.decoder_norm(x) + take(self.diffusion_pos_embed_learned, places)
 
     def run(self, blocks: nn.ModuleList, x: Tensor, rows=None) -> Float[Tensor, "B K D"]:
-        """Apply all blocks in turn; then take the given rows (B, K) int64, or all.
-
-        The last block computes those rows only, if its `forward` takes `rows` as `Block` does.
-        """
-        at_the_last = ()
+        """Apply all blocks in turn; then take the given rows (B, K) int64, or all."""
+        at_the_last = ()  # its `forward` may compute those rows only, as that of `Block` does
         if rows is not None and blocks and "rows" in signature(blocks[-1].forward).parameters:
             at_the_last, rows = (rows,), None
         for i, block in enumerate(blocks, start=1):
@@ -208,7 +192,7 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         drawn         all that is random, from `draw`; drawn from the generator if None
         return_terms  give all of the head's terms by name instead of the loss alone
 
-        Raises ValueError for wrong shapes, labels out of range or of a wrong type.
+        Raises ValueError for latents or labels that do not fit the model.
         """
         x = self.patchify(latents)  # (B, L, C)
         labels = check_labels(labels, self.class_num, len(x))  # (B,)
@@ -231,10 +215,7 @@ class MAR(nn.Module, PyTorchModelHubMixin):
         """Draw everything random in a training step that is not given.
 
         mask      (B, L) bool; else a ratio for the batch, and an order for each image
-        t, noise  for R = diffusion_batch_mul * B * L rows, repetition-major, then batch, then
-                  position: also those of tokens that are not masked
-
-        Raises ValueError if what is given does not fit the batch.
+        t, noise  of diffusion_batch_mul * B * L rows: also those of tokens that are not masked
         """
         if mask is None:
             mask = self.draw_mask(batch_size, generator)
@@ -243,9 +224,8 @@ class MAR(nn.Module, PyTorchModelHubMixin):
                 f"the mask is {tuple(mask.shape)} and hides {int(mask.sum())} tokens; expected "
                 f"{(batch_size, self.seq_len)}, with one hidden token at least"
             )
-        num_masked = masking.same_count(mask)
+        num_masked, repeat = masking.same_count(mask), self.diffusion_batch_mul
         dropped = self.draw_dropped(batch_size, generator)
-        repeat = self.diffusion_batch_mul
         for name, given in (("t", t), ("noise", noise)):
             if given is not None and len(given) != repeat * mask.numel():
                 want = f"diffusion_batch_mul * B * L = {repeat * mask.numel()}"
@@ -280,14 +260,11 @@ def check_labels(labels, class_num: int, batch_size: int | None = None) -> Int[T
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels are {labels.dtype}; {kind}")
     if labels.ndim != 1 or batch_size not in (None, len(labels)):
-        want = "B" if batch_size is None else batch_size
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)}; expected ({want},), one for each image"
-        )
+        got, want = tuple(labels.shape), "B" if batch_size is None else batch_size
+        raise ValueError(f"labels have shape {got}; expected ({want},), one for each image")
     labels = labels.long()
     bad = labels[(labels < NO_CLASS) | (labels >= class_num)]
     if len(bad):
-        raise ValueError(
-            f"label {int(bad[0])} is out of range; expected 0 to {class_num - 1}, or -1 for none"
-        )
+        first, last = int(bad[0]), class_num - 1
+        raise ValueError(f"label {first} is out of range; expected 0 to {last}, or -1 for none")
     return labels

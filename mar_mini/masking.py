@@ -61,10 +61,9 @@ def checkerboard(height, width, batch_size, generator=None) -> Int[Tensor, "B L"
 
 
 def halton(height, width, batch_size, generator=None) -> Int[Tensor, "B L"]:
-    """Evenly spread at every moment: cells in the order in which a Halton sequence visits them.
+    """Evenly spread at every moment: as a Halton sequence of bases 2 and 3 visits the cells.
 
-    Bases 2 (rows) and 3 (columns). Source: Halton 1960; as an order for masked image models
-    Besnier et al. 2025.
+    Source: Halton 1960; as an order for masked image models Besnier et al. 2025.
     """
     seen: dict[int, None] = {}
     i = 0
@@ -92,10 +91,7 @@ ORDERS: dict[str, Order] = {order.__name__: order for order in FUNCTIONS}
 def make_order(
     order: str | Order, height: int, width: int, batch_size: int, generator=None
 ) -> Int[Tensor, "B L"]:
-    """Make an order by its name in `ORDERS` or by a function like those, and check it.
-
-    Raises ValueError for an unknown name, or if the function returns anything else.
-    """
+    """Make an order by its name in `ORDERS` or by a function like those, and check it."""
     function = choose("order", order, ORDERS)
     result = function(height, width, batch_size, generator)
     name = getattr(function, "__name__", "the order function")
@@ -109,25 +105,18 @@ def check_order(result, height, width, batch_size, name="the order") -> Int[Tens
         got = result.dtype if isinstance(result, Tensor) else type(result).__name__
         raise ValueError(f"{name} is {got}; expected int64 ({batch_size}, {length})")
     if result.shape != (batch_size, length):
-        raise ValueError(
-            f"{name} has shape {tuple(result.shape)}; expected ({batch_size}, {length}), one "
-            f"row an image and one entry for each place of the {height}x{width} grid"
-        )
+        got, want = tuple(result.shape), (batch_size, length)
+        raise ValueError(f"{name} has shape {got}; expected {want}, one row an image")
     expected = torch.arange(length, device=result.device)
     wrong = (result.sort(1).values != expected).any(1).nonzero().flatten()
     if len(wrong):
-        raise ValueError(
-            f"row {int(wrong[0])} of {name} is not a permutation of 0 to "
-            f"{length - 1}; each place of the {height}x{width} grid must come exactly once"
-        )
+        row = int(wrong[0])
+        raise ValueError(f"row {row} of {name} is not a permutation of 0 to {length - 1}")
     return result
 
 
 def mask_by_order(order: Int[Tensor, "B L"], num_masked: int) -> Bool[Tensor, "B L"]:
-    """Mask the `num_masked` tokens of each row whose turn comes last.
-
-    Raises ValueError if there are not so many tokens.
-    """
+    """Mask the `num_masked` tokens of each row whose turn comes last."""
     if not 0 <= num_masked <= order.shape[1]:
         raise ValueError(f"num_masked is {num_masked}; expected 0 to {order.shape[1]}")
     mask = torch.zeros_like(order, dtype=torch.bool)
@@ -135,19 +124,13 @@ def mask_by_order(order: Int[Tensor, "B L"], num_masked: int) -> Bool[Tensor, "B
 
 
 def known_first(order: Int[Tensor, "B L"], known: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"]:
-    """Move the known places of an order to the front; each kind keeps its turns among itself.
-
-    known  True = known from the start, by place and not by turn
-    """
+    """Move known places (True by place, not by turn) to the front; each kind keeps its order."""
     unknown = ~known.gather(1, order)  # (B, L) by turn
     return order.gather(1, unknown.int().argsort(dim=1, stable=True))  # (B, L)
 
 
 def same_count(chosen: Bool[Tensor, "B L"], name: str = "the mask") -> int:
-    """Count the places that each row of a mask chooses.
-
-    Raises ValueError, which names a row, if they do not all choose the same number.
-    """
+    """Count the places that each row chooses; raise ValueError if not all choose as many."""
     first, *others = chosen.sum(1).tolist()
     for row, count in enumerate(others, start=1):
         if count != first:
@@ -178,13 +161,8 @@ def restore(
     return full.scatter(1, known.expand_as(x), x)  # (B, L, D)
 
 
-def sample_mask_ratio(
-    mask_ratio_min: float, generator: torch.Generator | None = None, std: float = 0.25
-) -> float:
-    """Draw the share of tokens to hide in a training step: one number for the whole batch.
-
-    It is normal with mean 1, cut off outside [mask_ratio_min, 1] (MAR section 4).
-    """
+def sample_mask_ratio(mask_ratio_min: float, generator=None, std: float = 0.25) -> float:
+    """Draw the share of tokens to hide: normal, cut off outside [minimum, 1] (MAR section 4)."""
     normal = torch.distributions.Normal(0.0, 1.0)
     lowest = normal.cdf(torch.tensor((mask_ratio_min - 1.0) / std, dtype=torch.float64))
     device = "cpu" if generator is None else generator.device
@@ -211,18 +189,14 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def masked_after(length: int, num_iter: int, schedule: str | Schedule = "cosine") -> list[int]:
-    """Count the tokens that are still masked after each of `num_iter` steps; the last is 0.
+    """Count the tokens that are still masked after each of `num_iter` steps, 1 to `length`.
 
     schedule  "cosine" (few tokens at first, many at the end; MAR section 3.4, after MaskGIT),
               "linear", or a function (i, N) -> share still masked after step i of N
-
-    Raises ValueError for a number of steps below 1 or above `length`, or an unknown schedule.
     """
     if not isinstance(num_iter, int) or not 1 <= num_iter <= length:
-        raise ValueError(
-            f"num_iter is {num_iter}; expected 1 to {length}, since each step predicts at least "
-            f"one of the {length} tokens"
-        )
+        why = "since each step predicts a token"
+        raise ValueError(f"num_iter is {num_iter}; expected 1 to {length}, {why}")
     share = choose("schedule", schedule, SCHEDULES)
     masked = [length]
     for i in range(1, num_iter):

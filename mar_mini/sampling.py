@@ -68,18 +68,16 @@ def sample(
     cfg                 guidance weight; 1 = none. Without labels it has nothing to guide
     cfg_schedule        "linear", "constant" or a function
     temperature         scale of the noise that DDPM injects; of the initial noise for the others
-    num_sampling_steps  diffusion steps, 2 to 1000; the model's default if None. Two numbers: those
-                        of the first and of the last tokens, which have less to decide (DiSA, Zhao
-                        et al. 2025)
+    num_sampling_steps  diffusion steps, 2 to 1000; the model's default if None. Two numbers: of the
+                        first tokens and of the last, which decide less (DiSA, Zhao et al. 2025)
     clip                bound on |x0|; see `mar_mini.diffusion` on the terminal step
     solver              "ddpm", "ddim", or a function like them, such as `fast.dpm_solver`
     guidance_interval   shares of known tokens between which there is guidance; other steps cost
                         half as much (Kynkäänniemi et al. 2024, there for noise levels)
     conditions          (model, labels) -> `Conditions`, such as `fast.Reuse`; exact if None
     order               name, function (see `masking`) or int64 (B, L), first to last
-    generator           one torch.Generator, or a list of B: each image then depends on its own
-                        alone. Contract: at each step the tokens to predict are taken batch-major,
-                        positions ascending; see `DiffLoss.sample`
+    generator           one, or a list of B: each image then depends on its own alone. Contract: at
+                        each step the head draws batch-major, positions ascending
     tokens, known       (B, L, C) and bool (B, L), True = given: these stay as they are to the bit
                         and the rest is painted in; the same number in each row
 
@@ -148,11 +146,8 @@ def generate(model: MAR, labels=None, **arguments) -> Float[Tensor, "B L C"]:
 def exact_conditions(
     model: MAR, labels, tokens, mask, predicted, guided: bool
 ) -> tuple[Float[Tensor, "N E"], Float[Tensor, "N E"] | None]:
-    """Compute z of the `predicted` places, batch-major, from all tokens that are known.
-
-    With guidance the batch runs twice, the second half without its labels: z and z_uncond.
-    """
-    if guided:
+    """Compute z and, if guided, z_uncond of the `predicted` places from all known tokens."""
+    if guided:  # the batch runs twice, the second time without its labels
         labels = torch.cat([labels, torch.full_like(labels, NO_CLASS)])  # (2B,)
         tokens, mask, predicted = (torch.cat([x, x]) for x in (tokens, mask, predicted))
     x = model.forward_encoder(tokens, mask, labels)  # (B or 2B, S, D)
@@ -187,10 +182,8 @@ def check_settings(clip: float | None, temperature: float, guidance_interval) ->
     """Raise ValueError for settings of `sample` that mean nothing."""
     lowest, highest = guidance_interval
     if not 0 <= lowest < highest <= 1:
-        raise ValueError(
-            f"guidance_interval is {guidance_interval}; expected two shares of known tokens, "
-            "0 <= first < second <= 1"
-        )
+        want = "shares of known tokens, 0 <= first < second <= 1"
+        raise ValueError(f"guidance_interval is {guidance_interval}; expected {want}")
     if clip is not None and clip <= 0:
         raise ValueError(f"clip is {clip}; expected more than 0, the largest |x0|, or None")
     if temperature < 0:
@@ -203,9 +196,7 @@ def resolve_labels(labels, batch_size: int | None, model: MAR, tokens: Tensor | 
     if batch_size is None and tokens is not None:
         batch_size = len(tokens)
     if batch_size is None or batch_size < 1:
-        raise ValueError(
-            f"batch_size is {batch_size}; pass labels, or how many images to make without class"
-        )
+        raise ValueError(f"batch_size is {batch_size}; pass labels, or how many images to make")
     return torch.full((batch_size,), NO_CLASS)
 
 

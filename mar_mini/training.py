@@ -53,16 +53,12 @@ Terms = Callable[[nn.Module, Batch, TrainingConfig], dict[str, Tensor]]
 
 def mar_terms(network: nn.Module, batch: Batch, config: TrainingConfig) -> dict[str, Tensor]:
     """Compute the diffusion loss of the hidden tokens and its parts (MAR section 3.4)."""
-    return network(
-        batch.images, batch.labels, batch.drawn, generator=batch.generator, return_terms=True
-    )
+    images, labels, drawn, generator = batch
+    return network(images, labels, drawn, generator=generator, return_terms=True)
 
 
 def vae_terms(network: nn.Module, batch: Batch, config: TrainingConfig) -> dict[str, Tensor]:
-    """Compute reconstruction error and KL divergence (Kingma & Welling 2014, eq. 10).
-
-    The loss is the mean squared error plus `kl_weight` times the KL per latent value in nats.
-    """
+    """Compute squared error and KL per latent value in nats (Kingma & Welling 2014, eq. 10)."""
     reconstruction, posterior = network(batch.images, batch.generator)
     mse = (reconstruction.float() - batch.images).square().mean()
     kl = posterior.kl().mean() / posterior.mean[0].numel()
@@ -72,11 +68,9 @@ def vae_terms(network: nn.Module, batch: Batch, config: TrainingConfig) -> dict[
 class Training(Iterator[Step]):
     """A training under way; iterating over it trains the model in place.
 
-    images  see `data.Images`
-    terms   `mar_terms` or `vae_terms`
+    terms  `mar_terms` or `vae_terms`
 
-    Raises ValueError at once for settings that cannot work. Several processes do three things
-    otherwise: `distribute`, `sync` and `mean`, which `run.distributed` overrides.
+    Raises ValueError at once for settings that cannot work.
     """
 
     rank, world_size = 0, 1
@@ -96,10 +90,9 @@ class Training(Iterator[Step]):
         self.resume(0, 0.0)
 
     def __next__(self) -> Step:
-        """Take one step (MAR section 4).
+        """Take one step (MAR section 4), unless its loss or gradient is not finite.
 
-        Raises FloatingPointError if the loss or its gradient is not finite; the weights are then
-        those before this step.
+        Raises FloatingPointError then; the weights are those before this step.
         """
         if self.used >= 1.0:
             raise StopIteration
@@ -166,10 +159,7 @@ class Training(Iterator[Step]):
         self.used = progress(self.config, step, seconds) if step else 0.0
 
     def micro_batches(self) -> list[slice]:
-        """Give the rows of a batch that this process computes, one slice after the other.
-
-        Raises ValueError if the batch cannot be cut into equal parts.
-        """
+        """Give the rows of a batch that this process computes, or raise ValueError if unequal."""
         batch_size, accumulate = self.config.batch_size, self.config.accumulate
         parts = self.world_size * accumulate
         if batch_size % parts:
@@ -182,7 +172,7 @@ class Training(Iterator[Step]):
         first = self.rank * accumulate
         return [slice(i * size, (i + 1) * size) for i in range(first, first + accumulate)]
 
-    # What several processes do otherwise
+    # What several processes do otherwise, see `run.distributed`
 
     def distribute(self) -> nn.Module:
         """Prepare model and average for the optimizer; return what to call in a step."""
@@ -202,9 +192,7 @@ def train_mar(
 ) -> Training:
     """Train a MAR in place on images in memory; each step yields a `Step`.
 
-    latents   what `model.patchify` takes: scaled latents, or pixels in [-1, 1]
-    labels    (N,) int64
-    mirrored  latents of the mirrored images, for `config.flip`; see `data.InMemory`
+    latents, labels, mirrored  see `data.InMemory`; `mirrored` matters for `config.flip`
 
     Raises ValueError for a budget or data that do not fit.
     """
@@ -269,18 +257,15 @@ def averaging(decay: float, window: float) -> Callable:
     """Average exponentially with a reach that grows: at most `window` of the steps so far.
 
     With the published decay of 0.9999 the average reaches back 10,000 steps; in a run of 500 it
-    would be little but the untrained weights. Here it is 1 - 1 / (1 + window * steps) until that
-    exceeds `decay` (after the power function averages of Karras et al. 2024, section 3.1).
+    would be little but the untrained weights (after the power function averages of Karras et al.
+    2024, section 3.1).
     """
     return partial(ema_step, decay=decay, window=window)
 
 
 @torch.no_grad()
 def ema_step(averaged, current, num_averaged, *, decay: float, window: float) -> None:
-    """Move averaged weights, a list of tensors, towards the current ones in place.
-
-    num_averaged  how many steps were averaged before this one; see `averaging`
-    """
+    """Move averaged weights in place, where `num_averaged` steps are in them; see `averaging`."""
     keep = min(decay, 1 - 1 / (1 + window * float(num_averaged)))
     torch._foreach_lerp_(averaged, current, 1 - keep)
 

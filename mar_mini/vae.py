@@ -35,10 +35,7 @@ class DiagonalGaussian:
 
 
 def latent_scale(latents: Float[Tensor, "N C H W"]) -> float:
-    """The factor that gives latents a standard deviation of 1: 0.2325 for the published KL-16.
-
-    The deviation is taken over all values at once; no mean is subtracted.
-    """
+    """1 / standard deviation of all latent values at once: 0.2325 for the published KL-16."""
     return 1.0 / float(latents.std())
 
 
@@ -120,10 +117,7 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """All residual blocks of one resolution, with attention behind each where asked for.
-
-    `downsample` or `upsample` leads to the next resolution; the last level has neither.
-    """
+    """All residual blocks of one resolution, with attention behind each where asked for."""
 
     def __init__(self, in_channels, out_channels, num_blocks: int, attention: bool, num_groups):
         super().__init__()
@@ -136,6 +130,7 @@ class Level(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
             x = self.attn[i](block(x)) if self.attn else block(x)
+        # to the next resolution; the last level has neither of the two
         resample = getattr(self, "downsample", None) or getattr(self, "upsample", None)
         return x if resample is None else resample(x)
 
@@ -192,28 +187,19 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module, PyTorchModelHubMixin):
     """Variational autoencoder whose latents are what MAR generates (MAR section 4).
 
-    settings  the fields of `configs.VAEConfig`, and its defaults
-
-    Raises ValueError if `num_groups` does not divide a level's width or the resolution cannot be
-    halved often enough.
+    settings  the fields of `configs.VAEConfig`; ValueError if they do not fit each other
     """
 
     def __init__(self, **settings):
         super().__init__()
         c = from_json(VAEConfig, settings)  # as `from_pretrained` has them
-        for width in (c.ch * mult for mult in c.ch_mult):
-            if width % c.num_groups:
-                raise ValueError(
-                    f"num_groups {c.num_groups} does not divide a level's {width} channels; "
-                    "choose num_groups so that it divides ch * every ch_mult"
-                )
-        self.stride = side = 2 ** (len(c.ch_mult) - 1)
+        widths = [c.ch * mult for mult in c.ch_mult]
+        if any(width % c.num_groups for width in widths):
+            raise ValueError(f"num_groups is {c.num_groups}; expected a divisor of widths {widths}")
+        self.stride = side = 2 ** (len(widths) - 1)
         if c.resolution % side:
-            raise ValueError(
-                f"resolution {c.resolution} is not a multiple of 2^(levels - 1) = {side}; "
-                "use fewer levels in ch_mult or another resolution"
-            )
-        colours, channels = self.in_channels, self.z_channels = c.in_channels, c.z_channels
+            raise ValueError(f"resolution is {c.resolution}; expected a multiple of {side}")
+        self.in_channels, self.z_channels = colours, channels = c.in_channels, c.z_channels
         self.encoder, self.decoder = Encoder(c), Decoder(c)
         self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
         self.post_quant_conv = nn.Conv2d(channels, channels, 1)
@@ -223,23 +209,19 @@ class AutoencoderKL(nn.Module, PyTorchModelHubMixin):
             self.linear_out = nn.ConvTranspose2d(channels, colours, side, side, bias=False)
 
     @torch.no_grad()
-    def start_linear(
-        self, images: Float[Tensor, "B C H W"], whitening: float = 0.5, log_variance: float = -5.0
-    ) -> None:
+    def start_linear(self, images: Float[Tensor, "B C H W"], whitening=0.5, log_variance=-5.0):
         """Set the linear path to the principal components of patches, all else to add nothing.
 
-        images        some of the training set, in [-1, 1]
         whitening     1: all components get the same spread, 0: each keeps its own, which differ by
                       a factor of 20 and more
         log_variance  of every latent value; the latents get a standard deviation of about 1
 
-        The untrained model then reconstructs as well as any linear map to `z_channels` numbers a
-        patch can. Raises ValueError if the model has no linear path.
+        The untrained model then reconstructs images in [-1, 1] as well as any linear map to
+        `z_channels` numbers a patch can. Raises ValueError if the model has no linear path.
         """
         if not self.linear_path:
             raise ValueError("this model has no linear path; build it with linear_path=True")
-        patches = F.unfold(images, self.stride, stride=self.stride)  # (B, P, L)
-        patches = patches.transpose(1, 2).flatten(0, 1)  # (B * L, P)
+        patches = F.unfold(images, self.stride, stride=self.stride).mT.flatten(0, 1)  # (B * L, P)
         second_moment = patches.T @ patches / len(patches)  # (P, P)
         axes = torch.linalg.eigh(second_moment).eigenvectors  # smallest first
         axes = axes[:, -self.z_channels :].T  # (C, P)
@@ -247,17 +229,12 @@ class AutoencoderKL(nn.Module, PyTorchModelHubMixin):
         scale = spread * (patches @ axes.T / spread).std()
         self.linear_in.weight.copy_((axes / scale[:, None]).view_as(self.linear_in.weight))
         self.linear_out.weight.copy_((axes * scale[:, None]).view_as(self.linear_out.weight))
-        for layer in (self.quant_conv, self.decoder.conv_out):
-            layer.weight.zero_()
-            layer.bias.zero_()
+        for parameter in (*self.quant_conv.parameters(), *self.decoder.conv_out.parameters()):
+            parameter.zero_()
         self.quant_conv.bias[self.z_channels :] = log_variance
 
     def encode(self, images: Float[Tensor, "B C H W"]) -> DiagonalGaussian:
-        """Give the distribution of the latents (B, z_channels, H / stride, W / stride).
-
-        Raises ValueError unless the images, in [-1, 1], have the model's channels and H and W are
-        multiples of `stride`.
-        """
+        """Give the distribution of the latents of images in [-1, 1], or raise ValueError."""
         channels, height, width = images.shape[1:]
         if channels != self.in_channels or height % self.stride or width % self.stride:
             raise ValueError(
@@ -273,15 +250,12 @@ class AutoencoderKL(nn.Module, PyTorchModelHubMixin):
     def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D H2 W2"]:
         """Turn unscaled latents (B, z_channels, h, w) into images (B, in_channels, H, W)."""
         if latents.shape[1] != self.z_channels:
-            raise ValueError(
-                f"expected latents (B, {self.z_channels}, h, w), got {tuple(latents.shape)}"
-            )
+            got = tuple(latents.shape)
+            raise ValueError(f"expected latents (B, {self.z_channels}, h, w), got {got}")
         images = self.decoder(self.post_quant_conv(latents))
         return images + self.linear_out(latents) if self.linear_path else images
 
-    def forward(
-        self, images: Float[Tensor, "B C H W"], generator: torch.Generator | None = None
-    ) -> tuple[Float[Tensor, "B C H W"], DiagonalGaussian]:
+    def forward(self, images: Tensor, generator=None) -> tuple[Tensor, DiagonalGaussian]:
         """Encode, draw a latent, decode: (reconstruction, posterior), as in training."""
         posterior = self.encode(images)
         return self.decode(posterior.sample(generator)), posterior
