@@ -72,7 +72,7 @@ def test_the_documented_command_fits_into_one_card(monkeypatch, begun, memory):
     preset = get_config("mar_base")
     assert run.config.mar.encoder_depth == preset.mar.encoder_depth == 12
     assert run.config.training.batch_size == 2048 and run.config.training.learning_rate == 8e-4
-    assert needed(preset) > 700e9  # in one piece
+    assert needed(preset) > 600e9  # in one piece
     assert needed(run.config) <= memory
     assert moments == ()  # 13 times 128 samples and 0.8 GB would take longer than the training
 
@@ -80,8 +80,9 @@ def test_the_documented_command_fits_into_one_card(monkeypatch, begun, memory):
 def test_a_run_that_cannot_fit_is_refused_before_it_starts(monkeypatch, begun, tmp_path):
     on_gpu(monkeypatch, 80e9)
     large = {"config": "mar_base", "latents": tmp_path / "latents", "out": tmp_path / "out"}
-    with pytest.raises(ValueError, match="72.00 GB are available; what would fit: .*--accumulate"):
-        train(options=TrainOptions(**large, accumulate=2))
+    message = "21.60 GB are available; what would fit: .*--accumulate"
+    with pytest.raises(ValueError, match=message):
+        train(options=TrainOptions(**large, accumulate=2, memory_gb=24))
     with pytest.raises(ValueError, match="3.60 GB are available; what would fit: nothing here"):
         train(options=TrainOptions(**large, memory_gb=4))
     assert not (tmp_path / "out").exists()
