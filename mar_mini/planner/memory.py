@@ -70,7 +70,8 @@ def training_memory(
         need["weights"] += (
             2 * size * max(map(count, (*model.decoder_blocks, *model.diffloss.net.res_blocks)))
         )
-    *_, kept, peak = work.training_passes(mar, batch, masked, dtype, gpu).T
+    few = min(batch, 64)  # the memory of more images is in proportion
+    *_, kept, peak = work.training_passes(mar, few, masked, dtype, gpu).T * (batch / few)
     extra = max(kept.cumsum() - kept + peak) - kept.sum()
     return need | {"activations": float(kept.sum()), "at work": float(extra)}
 
