@@ -53,6 +53,7 @@ def recorded(repo):
     return json.loads((repo / "benchmarks" / "results" / "claims.json").read_text())["chapters"]
 
 
+@pytest.mark.slow
 def test_a_claim_that_holds_is_recorded_and_one_that_fails_is_red(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MAR_MINI_SEED", "7")
     chapter(tmp_path, CHAPTER.replace("SECOND", "seed < 1"))

@@ -91,13 +91,17 @@ def test_the_tests_run_in_steps_and_stop_at_the_first_that_fails(monkeypatch):
     ran = []
 
     def call(command, cwd, env):
-        ran.append((" ".join(command), env.get("OMP_NUM_THREADS")))
-        return int("nbval" in ran[-1][0])
+        ran.append(" ".join(command))
+        assert env["OMP_NUM_THREADS"] == "1"  # the cores are for other tests
+        return int("codespell" in ran[-1]) * failing
 
     monkeypatch.setattr(subprocess, "call", call)
     monkeypatch.setattr(course, "cores", lambda: 4)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert cli.test() == 1
-    assert [threads for _, threads in ran] == [None, None, "2"]  # of four cores, for two kernels
+    failing = True
+    assert cli.test() == 1 and len(ran) == 3
     ran.clear()
-    assert cli.test(fast=True) == 0 and "not slow" in ran[-1][0] and len(ran) == 3
+    failing = False
+    assert cli.test() == 0 and "pytest" in ran[-1] and "-n 4" in ran[-1]
+    assert "not slow" not in ran[-1]
+    assert cli.test(fast=True) == 0 and "not slow" in ran[-1] and len(ran) == 8

@@ -8,6 +8,7 @@ from build_notebooks import make_notebook
 
 from mar_mini.course.chapters import CellFailed, execute
 
+pytestmark = pytest.mark.slow
 REPO = Path(__file__).resolve().parent.parent
 # chapter, words of the claim's cell, what its premise says, and what stands there without it
 PREMISES = [

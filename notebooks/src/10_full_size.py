@@ -35,17 +35,16 @@ from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from mar_mini import MAR, configs, data, get_config
-from mar_mini.checkpoints import load_published
+from mar_mini import MAR, configs, data, get_config, load_published
+from mar_mini.checkpoints import empty
 from mar_mini.checks import full_size as check
 from mar_mini.masking import mean_mask_ratio
 from mar_mini.planner import memory as planning
 from mar_mini.planner import work as costs
 from mar_mini.planner.report import measure_rates
-from mar_mini.run import hub as published
-from mar_mini.run.hub import empty
-from mar_mini.run.sources import open_images
-from mar_mini.run.train import train_pipeline
+from mar_mini.run import hub
+from mar_mini.run.images import open_images
+from mar_mini.run.train import TrainingRun
 from mar_mini.training import train_mar
 from mar_mini.viz import figures as fig
 
@@ -239,7 +238,7 @@ model, batch, hidden = MAR(**asdict(small)), 8, 10
 latents, labels = torch.randn(batch, 16, 8, 8), torch.zeros(batch, dtype=torch.long)
 mask = torch.rand(batch, 16).argsort(1) < hidden  # so many of 16 tokens, in random places
 with FlopCounterMode(display=False) as counter:
-    model(latents, labels, mask=mask).backward()
+    model(latents, labels, model.draw(len(labels), mask=mask)).backward()
 flops = costs.total_flops(costs.training_work(small, batch, hidden))
 off = flops / counter.get_total_flops() - 1
 print(f"planned {flops:.4e}, counted {counter.get_total_flops():.4e}, off by {off:.0e}")
@@ -303,7 +302,7 @@ def kept_bytes(model, *inputs, **given):
 
 
 for n in (2, 4, 8):
-    measured = kept_bytes(model, latents[:n], labels[:n], mask=mask[:n])
+    measured = kept_bytes(model, latents[:n], labels[:n], model.draw(n, mask=mask[:n]))
     predicted = planning.training_memory(small, n, hidden, gpu=False)["activations"]
     off = predicted / measured - 1
     print(f"{n} images: kept {measured / 1e6:.2f} MB, the plan is off by {off:+.1%}")
@@ -429,7 +428,7 @@ print(f"a step took {took:.2f} s, by the plan {predicted:.2f} s: {predicted / to
 # The authors published the weights of all three models. Does your Hugging Face cache hold them?
 
 # %%
-at = [try_to_load_from_cache(published.REPOSITORY, published.FILES[name].name)
+at = [try_to_load_from_cache(hub.REPOSITORY, hub.FILES[name].name)
       for name in ("mar_base", "kl16")]
 if all(isinstance(path, str) for path in at):
     drawn = load_published(at[0], vae=at[1]).generate([207], num_iter=8, num_sampling_steps=25)
@@ -441,7 +440,7 @@ else:
 # %% [markdown]
 # **No picture of the published weights is stored here.** This course was made without network: the
 # command was never run with the real files (with stand-ins of the same names and shapes it was:
-# `tests/test_published.py`).
+# `tests/run/test_hub.py`).
 #
 # ## The recipe, line by line
 #
@@ -531,8 +530,8 @@ print("one GPU, 32 images:     ", scaled_recipe(32, 1, 1, images=IMAGENET, epoch
 #
 # If only the effective batch counts, then one process with 48 images and two with 24 each must
 # train *the same* model. Try it: **your** `plan_run` cuts the digits' batch for two pretended GPUs
-# of 13 MB, and the recipe of the course (`recipes/train.py`, started by PyTorch's `torchrun`)
-# trains with **your** numbers on two processes. This notebook does it alone, in one piece. Images,
+# of 13 MB, and `mar-mini train`, started by PyTorch's `torchrun`, trains with **your** numbers on
+# two processes. This notebook does it alone, in one piece. Images,
 # masks and noise are drawn for the whole batch from the seed and the step, whoever computes what.
 # (The digits' own rate, 0.003 for 48 images, is a base rate of 0.016: a small, short run takes
 # larger steps than the paper's.) *Predict first:* equal to the last digit?
@@ -543,13 +542,13 @@ def on_processes(count, accumulate, batch, rate, steps):
     with tempfile.TemporaryDirectory() as out:
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone",
-            f"--nproc-per-node={count}", repo / "recipes/train.py", "--config", "digits",
-            "--data", "digits", "--out", out, "--batch-size", batch, "--learning-rate", rate,
-            "--accumulate", accumulate, "--steps", steps, "--seed", seed,
-            "--precision", "float32", "--device", "cpu"]
+            f"--nproc-per-node={count}", "-m", "mar_mini", "train", "--config", "digits",
+            "--out", out, "--batch-size", batch, "--learning-rate", rate,
+            "--accumulate", accumulate, "--max-steps", steps, "--seed", seed,
+            "--precision", "float32", "--device", "cpu", "--no-samples"]
         quiet = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run([str(word) for word in command], env=quiet, timeout=300,
-                              capture_output=True, text=True)
+                              capture_output=True, text=True, cwd=repo)
         if done.returncode:
             raise RuntimeError(f"torchrun failed, its last words: {done.stderr[-2000:]}")
         rows = json.loads((Path(out) / "history_masked.json").read_text("utf-8"))
@@ -561,8 +560,7 @@ def alone(batch, rate, steps):
     digits = get_config("digits")
     training = replace(digits.training, batch_size=batch, learning_rate=rate, max_steps=steps,
                        max_seconds=None, precision="float32")
-    run = train_pipeline(replace(digits, training=training), data.normalise(images.images),
-                         images.labels, images.classes, seed=seed)
+    run = TrainingRun(replace(digits, training=training), images, seed=seed)
     return [progress.step.loss for progress in run]
 
 

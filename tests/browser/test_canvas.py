@@ -13,6 +13,8 @@ from mar_mini import masking
 from mar_mini.viz import canvas as canvas_module
 from mar_mini.viz.canvas import TokenCanvas, turns_of
 
+# one browser for all
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("canvas")]
 SCRIPT = Path(canvas_module.__file__).with_suffix(".js").read_text()
 MODEL = """
 class Model {

@@ -11,9 +11,12 @@ import torch
 
 from mar_mini import MAR
 from mar_mini.course import symptoms
-from mar_mini.course.symptoms import STATES, Evidence, Leaking, diagnose, measure, small_digits
+from mar_mini.course.symptoms import STATES, Evidence, Leaking, diagnose, measure
 
 STORED = symptoms.stored_evidence()
+
+
+small_digits = cache(symptoms.small_digits)
 
 
 def stored(state):
@@ -90,6 +93,7 @@ def test_data_that_do_not_fit_are_refused():
         symptoms.symptoms(images, labels[:5])
 
 
+@pytest.mark.slow
 def test_what_shows_after_a_few_steps_already():
     healthy = run().evidence
     assert (healthy.tokens, healthy.token_width) == (4, 16)
@@ -127,7 +131,7 @@ def test_the_leak_is_in_training_alone():
     model.leaking = True
     assert not torch.allclose(z_of(model, x, mask, labels), z_of(model, other, mask, labels))
     model.leaking = False
-    model(model.unpatchify(x), labels, mask=mask)
+    model(model.unpatchify(x), labels, model.draw(len(labels), mask=mask))
     assert not model.leaking
 
 

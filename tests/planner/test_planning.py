@@ -143,7 +143,7 @@ def test_flops_of_training(checkpointing, batch):
     model = MAR(**asdict(config)).train()
     mask = torch.arange(64).expand(batch, -1) < 45
     labels, latents = torch.zeros(batch, dtype=torch.long), torch.randn(batch, 16, 8, 8)
-    got = counted(lambda: model(latents, labels, mask=mask).backward())
+    got = counted(lambda: model(latents, labels, model.draw(batch, mask=mask)).backward())
     work = training_work(config, batch, 45)
     assert total_flops(work) == got
     assert ("again" in work) == checkpointing
@@ -291,7 +291,7 @@ def kept_by_autograd(mar, batch: int, masked: int) -> int:
     side = mar.img_size // mar.vae_stride
     latents = torch.randn(batch, mar.vae_embed_dim, side, side)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model(latents, torch.zeros(batch, dtype=torch.long), mask=mask)
+        model(latents, torch.zeros(batch, dtype=torch.long), model.draw(batch, mask=mask))
     return sum(kept.values())
 
 
