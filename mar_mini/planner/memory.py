@@ -70,7 +70,8 @@ def training_memory(
         need["weights"] += (
             2 * size * max(map(count, (*model.decoder_blocks, *model.diffloss.net.res_blocks)))
         )
-    *_, kept, peak = work.training_passes(mar, batch, masked, dtype, gpu).T
+    few = min(batch, 64)  # the memory of more images is in proportion
+    *_, kept, peak = work.training_passes(mar, few, masked, dtype, gpu).T * (batch / few)
     extra = max(kept.cumsum() - kept + peak) - kept.sum()
     return need | {"activations": float(kept.sum()), "at work": float(extra)}
 
@@ -114,19 +115,19 @@ def divide(share: int, most: float) -> tuple[int, int]:
 
 
 def check_fits(
-    config: Config, micro_batch: int, memory: float, world_size=1, strategy="ddp"
+    config: Config, micro_batch: int, memory: float, precision="bf16", world_size=1, strategy="ddp"
 ) -> float:
     """Bytes that a process takes to train on `micro_batch` images at a time.
 
-    config    its training's precision ("float32"; anything else counts as bfloat16) and accumulate,
-              its MAR's grad_checkpointing
-    memory    of the device, bytes
-    strategy  of `world_size` processes: "ddp", or "fsdp", where they share the state
+    config     its MAR says whether activations are checkpointed, its training how many accumulate
+    memory     of the device, bytes
+    precision  "float32"; anything else counts as bfloat16
+    strategy   of `world_size` processes: "ddp", or "fsdp", where they share the state
 
     Raises ValueError, saying what would fit, if there is less memory.
     """
     training, less = config.training, config.mar.grad_checkpointing
-    dtype = "float32" if training.precision == "float32" else "bfloat16"
+    dtype = "float32" if precision == "float32" else "bfloat16"
     ways = {"": (less, strategy)}
     ways |= {} if less else {"--checkpoint-activations": (True, strategy)}
     ways |= {"--strategy fsdp": (less, "fsdp")} if world_size > 1 and strategy != "fsdp" else {}
