@@ -23,11 +23,12 @@ from tqdm import tqdm
 
 from mar_mini import load_pretrained
 from mar_mini.data import data_dir
-from mar_mini.evaluation import Reference, bootstrap, judge, psnr
+from mar_mini.evaluation import bootstrap, psnr
+from mar_mini.fast import FAST, Reuse, dpm_solver
 from mar_mini.files import write_atomically
 from mar_mini.judge.features import features_of, load_features
-from mar_mini.run.sources import open_images
-from mar_mini.sampling import FAST
+from mar_mini.judge.statistics import Reference, judge
+from mar_mini.run.images import open_images
 
 HERE = Path(__file__).resolve().parent
 OPTIONS = {
@@ -47,14 +48,14 @@ OPTIONS = {
     "checkerboard order": {"order": "checkerboard"},
     "50 to 5 diffusion steps": {"num_sampling_steps": (50, 5)},
     "ddim, 25 steps": {"solver": "ddim", "num_sampling_steps": 25},
-    "dpm_solver, 10 steps": {"solver": "dpm_solver", "num_sampling_steps": 10},
+    "dpm_solver, 10 steps": {"solver": dpm_solver, "num_sampling_steps": 10},
     "guidance from 1/4 known": {"guidance_interval": (0.25, 1.0)},
     "guidance up to 1/4 known": {"guidance_interval": (0.0, 0.25)},
-    "features each 4th iteration": {"refresh_features": 4},
-    "guidance each 4th iteration": {"refresh_guidance": 4},
+    "features each 4th iteration": {"conditions": Reuse(refresh_features=4)},
+    "guidance each 4th iteration": {"conditions": Reuse(refresh_guidance=4)},
     "fast": FAST,
     "chapter 8's choice": {
-        "solver": "dpm_solver",
+        "solver": dpm_solver,
         "num_sampling_steps": 10,
         "num_iter": 8,
         "cfg": 3.0,
@@ -129,7 +130,7 @@ def main() -> None:
             rows = result["rows"]
     note("real test images", distance(real))
     if pipeline.vae is not None:
-        again = torch.cat([pipeline.to_images(pipeline.to_tokens(x)) for x in real.split(250)])
+        again = torch.cat([pipeline.decode(pipeline.encode(x)) for x in real.split(250)])
         result["psnr"] = float(psnr(again, real).mean())
         note("test images through the autoencoder", distance(again))
     if "a normal distribution for each class" not in rows:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mar_mini import data, load_pretrained
 from mar_mini.evaluation import frechet_distance
-from mar_mini.sampling import FAST
+from mar_mini.fast import FAST, Reuse, dpm_solver
 
 RESULT = Path(__file__).parent / "results" / "quality.json"
 SETTINGS = {
@@ -32,14 +32,14 @@ SETTINGS = {
     "10 diffusion steps": {"num_sampling_steps": 10},
     "25 to 5 diffusion steps": {"num_sampling_steps": (25, 5)},
     "ddim, 10 steps": {"solver": "ddim", "num_sampling_steps": 10},
-    "dpm_solver, 10 steps": {"solver": "dpm_solver", "num_sampling_steps": 10},
-    "dpm_solver, 6 steps": {"solver": "dpm_solver", "num_sampling_steps": 6},
+    "dpm_solver, 10 steps": {"solver": dpm_solver, "num_sampling_steps": 10},
+    "dpm_solver, 6 steps": {"solver": dpm_solver, "num_sampling_steps": 6},
     "guidance from 1/4 known": {"guidance_interval": (0.25, 1.0)},
     "guidance to 3/4 known": {"guidance_interval": (0.0, 0.75)},
-    "features each 2nd iteration": {"refresh_features": 2},
-    "features each 4th iteration": {"refresh_features": 4},
-    "guidance each 2nd iteration": {"refresh_guidance": 2},
-    "guidance each 4th iteration": {"refresh_guidance": 4},
+    "features each 2nd iteration": {"conditions": Reuse(refresh_features=2)},
+    "features each 4th iteration": {"conditions": Reuse(refresh_features=4)},
+    "guidance each 2nd iteration": {"conditions": Reuse(refresh_guidance=2)},
+    "guidance each 4th iteration": {"conditions": Reuse(refresh_guidance=4)},
     "fast": FAST,
 }
 

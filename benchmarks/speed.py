@@ -101,11 +101,11 @@ def build_step(workload: str, rung: str, precision: str, device: str):
     import mar_mini
     from mar_mini import MAR, AutoencoderKL
     from mar_mini.configs import TrainingConfig, get_config
-    from mar_mini.fast.compiling import compile_model
+    from mar_mini.fast import FAST, speed_up
     from mar_mini.training import autocast, train_mar, train_vae
 
     torch.manual_seed(0)
-    config = TrainingConfig(max_steps=10**6, precision=precision, compile=rung == "compiled")
+    config = TrainingConfig(max_steps=10**6, precision=precision)
     if workload == "vae_train":
         model = AutoencoderKL(
             ch=32,
@@ -117,6 +117,7 @@ def build_step(workload: str, rung: str, precision: str, device: str):
         ).to(device)
         images = torch.rand(64, 3, 32, 32, device=device) * 2 - 1
         if rung != "published":
+            speed_up(model, compiled=rung == "compiled")
             steps = train_vae(model, images, replace(config, batch_size=64))
             return lambda: next(steps)
         training = published.PublishedTraining(published.published_vae(model))
@@ -141,13 +142,13 @@ def build_step(workload: str, rung: str, precision: str, device: str):
     if not parts.get("head", True):
         replaced["head"] = published.PublishedHead
     model = kind(**sizes, **replaced).to(device)
+    if rung != "published":
+        speed_up(model, compiled=rung == "compiled")
     if workload in SAMPLING:
         wanted = dict(SAMPLING[workload])
         labels = torch.arange(wanted.pop("batch"), device=device) % 10
-        if rung == "compiled":
-            compile_model(model)
         if rung == "fast":
-            wanted = {**wanted, **mar_mini.sampling.FAST}
+            wanted = {**wanted, **FAST}
         function = published.generate if rung == "published" else mar_mini.generate
 
         def step():

@@ -1,11 +1,13 @@
 """The command line: `mar-mini ...` or `python -m mar_mini ...`.
 
 A command is a function that lives beside what it configures. What Python lets you pass by position
-is positional here too, keyword-only parameters are options, and the docstring is the help.
+is positional here too, keyword-only parameters (or the fields of a dataclass) are options, and the
+docstring (or the comments) are the help.
 """
 
 import inspect
 import sys
+from dataclasses import is_dataclass
 from importlib import import_module
 from typing import get_type_hints
 
@@ -19,25 +21,29 @@ COMMANDS = {  # name: (where it lives, what it does)
     "test": ("course.chapters:test", "style checks, notebooks and tests"),
     "train": ("run.train:train", "train a preset, on one process or under torchrun"),
     "sample": ("run.generate:sample", "sample a few images"),
-    "data": ("run.sources:data", "fetch a data set once"),
+    "data": ("run.images:data", "fetch a data set once"),
     "doctor": ("course.doctor:doctor", "what this machine has, which files are whole"),
     "evaluate": ("judge.statistics:evaluate", "judge samples against real images"),
     "convert": ("run.hub:convert", "published weights to a folder"),
     "info": ("planner.report:info", "what a preset takes"),
-    "latents": ("run.encoding:latents", "encode pictures once"),
+    "latents": ("run.latents:latents", "encode pictures once"),
     "generate": ("run.generate:generate", "many images, to be judged"),
 }
 
+FLAT = (tyro.conf.OmitArgPrefixes,)  # --cfg, not --settings.cfg
+
 
 def command(name: str):
-    """The function behind a command, its positional parameters marked for tyro."""
+    """The function behind a command, its positional parameters and options marked for tyro."""
     module, _, function = COMMANDS[name][0].partition(":")
     function = getattr(import_module(f"mar_mini.{module}"), function)
     hints = get_type_hints(function, include_extras=True)
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
             hints[parameter.name] = tyro.conf.Positional[hints[parameter.name]]
-    function.__annotations__ = hints
+        elif is_dataclass(hints[parameter.name]):
+            hints[parameter.name] = tyro.conf.OmitArgPrefixes[hints[parameter.name]]
+    inspect.unwrap(function).__annotations__ = hints
     return function
 
 
@@ -49,7 +55,7 @@ def main() -> None:
         print("\n".join(f"  {known:<10} {does}" for known, (_, does) in COMMANDS.items()))
         sys.exit(0 if name in ("-h", "--help") else f"\nmar-mini: no command {name!r}")
     try:
-        status = tyro.cli(command(name), prog=f"mar-mini {name}", args=arguments)
+        status = tyro.cli(command(name), prog=f"mar-mini {name}", args=arguments, config=FLAT)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         sys.exit(f"mar-mini: {error}")
     except KeyboardInterrupt as interruption:

@@ -1,31 +1,26 @@
-"""Images in: the bundled parquet files and your own, through the `datasets` library.
-
-`datasets` is imported where it is used, so that importing this module stays quick.
-"""
+"""Images in: the bundled parquet files and your own, and what a step of a training sees."""
 
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int, Int64, UInt8
 from torch import Tensor
 
-if TYPE_CHECKING:
-    import datasets
-
 BLOCK = 32
 
 
 def data_dir() -> Path:
-    """Return the folder of the bundled data.
+    """Return the folder of the bundled data: MAR_MINI_DATA, or `data/` beside the package.
 
-    It is `data/` beside the package, or the folder in the environment variable MAR_MINI_DATA.
-    Raises ValueError if that folder does not exist.
+    In a wheel it is inside of the package. Raises ValueError if that folder does not exist.
     """
-    folder = Path(os.environ.get("MAR_MINI_DATA") or Path(__file__).resolve().parents[1] / "data")
+    package = Path(__file__).resolve().parent
+    bundled = package / "_data" if (package / "_data").is_dir() else package.parent / "data"
+    folder = Path(os.environ.get("MAR_MINI_DATA") or bundled)
     if not folder.is_dir():
         raise ValueError(
             f"no data folder {folder}; install the package from a clone (pip install -e .), or "
@@ -34,18 +29,16 @@ def data_dir() -> Path:
     return folder
 
 
-def load_images(name_or_path: str | Path, split: str = "train") -> "datasets.Dataset":
+def load_images(name_or_path: str | Path, split: str = "train"):
     """Load labelled images from parquet into memory; nothing is downloaded or cached on disk.
 
     name_or_path  a bundled name (`digits`, `cifar10_mini`), a folder with `{split}.parquet`, or
                   one .parquet file; a bare word is a bundled name, write `./faces` for a folder
-    split         `train` or `test`; not used if `name_or_path` is a file
-    returns       dataset with columns `image` (read as PIL images) and `label` (ClassLabel)
 
-    Raises ValueError if there is no such name, split or file, if the file is damaged or not
-    parquet, or if it does not hold these two columns.
+    Raises ValueError if there is no such file, or it is damaged or lacks one of the columns
+    `image` (PIL images) and `label` (ClassLabel) of the datasets.Dataset.
     """
-    import datasets
+    import datasets  # here, so that importing this module stays quick
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -55,9 +48,8 @@ def load_images(name_or_path: str | Path, split: str = "train") -> "datasets.Dat
         table = pq.read_table(file, partitioning=None, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
-            f"{file} is damaged or not a parquet file ({error}); if it is bundled, restore it with "
-            f"`git checkout -- {file}` or `python tools/make_{file.parent.name}.py`, "
-            "else copy it again"
+            f"{file} is damaged or not a parquet file ({error}); copy it again, or if it is "
+            f"bundled: `git checkout -- {file}` or `python tools/make_{file.parent.name}.py`"
         ) from error
     dataset = datasets.Dataset(table)  # the features come from the metadata in the file
     for column, kind in (("image", datasets.Image), ("label", datasets.ClassLabel)):
@@ -93,18 +85,15 @@ def _find(name_or_path: str | Path, split: str) -> Path:
     return path / f"{split}.parquet"
 
 
-def class_names(dataset: "datasets.Dataset") -> list[str]:
+def class_names(dataset) -> list[str]:
     """Return the names of the classes; label i is called `class_names(dataset)[i]`."""
     return dataset.features["label"].names
 
 
-def to_tensors(dataset: "datasets.Dataset") -> tuple[UInt8[Tensor, "N C H W"], Int64[Tensor, " N"]]:
-    """Decode all images and labels of a dataset.
+def to_tensors(dataset) -> tuple[UInt8[Tensor, "N C H W"], Int64[Tensor, " N"]]:
+    """Decode all images (C = 1 if all are grey, else RGB) and labels of a dataset.
 
-    returns  images  uint8 (N, C, H, W)  0 to 255; C = 1 if all are grey (mode L), else 3 (RGB)
-             labels  int64 (N,)          class of each image
-
-    Raises ValueError if the dataset is empty or the images differ in size.
+    Raises ValueError if it is empty or the images differ in size.
     """
     pictures = list(dataset["image"])
     if not pictures:
@@ -123,24 +112,14 @@ def to_tensors(dataset: "datasets.Dataset") -> tuple[UInt8[Tensor, "N C H W"], I
 
 
 def normalise(images: Tensor) -> Float32[Tensor, "..."]:
-    """Map pixel values to the range that the model works in.
-
-    images   uint8 (...)    0 to 255
-    returns  float32 (...)  -1 to 1
-
-    Raises ValueError for another dtype, such as that of images normalised before.
-    """
+    """Map uint8 pixels, 0 to 255, to the model's range, -1 to 1. Raises ValueError for others."""
     if images.dtype != torch.uint8:
         raise ValueError(f"images are {images.dtype}, expected torch.uint8 in 0 to 255")
     return images.float() / 127.5 - 1
 
 
 def denormalise(x: Tensor) -> Float32[Tensor, "..."]:
-    """Map model values to the range that pictures are shown in.
-
-    x        float (...)    -1 to 1; what lies outside is clamped
-    returns  float32 (...)  0 to 1; pixel values are 255 times this
-    """
+    """Map model values, -1 to 1 and clamped to it, to the range of pictures, 0 to 1."""
     return ((x.float() + 1) / 2).clamp(0, 1)
 
 
@@ -149,57 +128,40 @@ def denormalise(x: Tensor) -> Float32[Tensor, "..."]:
 
 @runtime_checkable
 class Images(Protocol):
-    """Images as a training asks for them; `InMemory` is the simplest kind.
+    """Images as a training asks for them; `InMemory` is the simplest kind."""
 
-    labels  (N,) int64, the index of each image's class
-    """
-
-    labels: Tensor
+    labels: Tensor  # (N,) int64, the index of each image's class
 
     def __len__(self) -> int: ...
 
     def batch(self, indices: Tensor, flip: Tensor, generator: torch.Generator) -> Tensor:
-        """What `MAR.patchify` takes, (n, C, H, W) float32, of some images.
+        """Give images of n indices as (n, C, H, W) float32, mirrored where `flip` (n,) is True.
 
-        indices    (n,) int64
-        flip       (n,) bool, True = mirrored
         generator  on the CPU, for what is random in them (a draw from the posterior)
         """
 
 
 class InMemory:
-    """Images that are tensors, on any device.
+    """Images that are tensors, on any device; nothing in them is random.
 
     latents   (N, C, H, W) float, as `MAR.patchify` takes them
-    labels    (N,) int64
-    mirrored  the same of the mirrored images; without them the last axis is reversed, which is
+    labels    (N,) int64; ValueError if they are not as many
+    mirrored  latents of the mirrored images; without them the last axis is reversed, which is
               right for pixels only
-
-    Raises ValueError if these do not belong together.
     """
 
-    def __init__(
-        self,
-        latents: Float[Tensor, "N C H W"],
-        labels: Int[Tensor, " M"],
-        mirrored: Float[Tensor, "M2 C H W"] | None = None,
-    ):
-        if len(latents) != len(labels):
-            raise ValueError(
-                f"{len(latents)} images but {len(labels)} labels; expected one for each"
-            )
-        if mirrored is not None and mirrored.shape != latents.shape:
-            raise ValueError(
-                f"mirrored is {tuple(mirrored.shape)}; expected {tuple(latents.shape)} as the "
-                "latents"
-            )
+    def __init__(self, latents: Tensor, labels: Tensor, mirrored: Tensor | None = None):
+        shape = tuple(latents.shape)
+        if len(labels) != len(latents):
+            raise ValueError(f"{shape[0]} images but {len(labels)} labels; expected one for each")
+        if mirrored is not None and mirrored.shape != shape:
+            raise ValueError(f"mirrored is {tuple(mirrored.shape)}; expected {shape} as latents")
         self.latents, self.labels, self.mirrored = latents, labels, mirrored
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def batch(self, indices, flip, generator=None) -> Float[Tensor, "B C H W"]:
-        """See `Images`; nothing in them is random."""
         indices, flip = indices.to(self.latents.device), flip.to(self.latents.device)
         straight = self.latents[indices]
         if not flip.any():
@@ -208,24 +170,16 @@ class InMemory:
         return torch.where(flip[:, None, None, None], mirrored, straight)
 
 
-def fetch(
-    images: Images, picked: Int[Tensor, " B"], flip: Bool[Tensor, " B"], rows: slice, seed: int
-) -> Float[Tensor, "R C H W"]:
-    """Some rows of a batch, the same whoever asks for which rows.
+def fetch(images: Images, picked: Tensor, flip: Tensor, rows: slice, seed: int) -> Tensor:
+    """Read some rows of the batch `picked` (B,), the same whoever asks for which rows.
 
-    picked, flip  of the whole batch
-    seed          of the whole batch
-
-    They come in blocks of 32 rows, each with random numbers of its own, so that a process that
-    needs a part of the batch need not read all of it. Autocast, which is for the model's products,
-    is off: what is stored in float16 could not be put together under it.
+    Blocks of 32 rows have random numbers of their own: who needs a part need not read all.
     """
     first = rows.start - rows.start % BLOCK
     parts = []
-    with torch.autocast("cpu", enabled=False):
-        for start in range(first, rows.stop, BLOCK):
-            block = slice(start, min(start + BLOCK, len(picked)))
-            parts.append(images.batch(picked[block], flip[block], step_generator(seed, start)))
+    for start in range(first, rows.stop, BLOCK):
+        block = slice(start, min(start + BLOCK, len(picked)))
+        parts.append(images.batch(picked[block], flip[block], step_generator(seed, start)))
     return torch.cat(parts)[rows.start - first : rows.stop - first]
 
 
@@ -254,14 +208,6 @@ def batch_indices(seed: int, step: int, num_images: int, batch_size: int) -> Int
         rest = batch_size - len(picked)
         picked.extend(shuffled(seed, epoch, num_images)[offset : offset + rest].tolist())
     return torch.tensor(picked)
-
-
-def flip_half(
-    images: Tensor, mirrored: Tensor, picked: Int[Tensor, " B"], generator: torch.Generator
-) -> Tensor:
-    """Those images, each mirrored with probability 1/2."""
-    coin = coins(len(picked), generator).to(images.device)
-    return torch.where(coin[:, None, None, None], mirrored[picked], images[picked])
 
 
 def coins(n: int, generator: torch.Generator) -> Bool[Tensor, " n"]:

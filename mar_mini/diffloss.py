@@ -5,24 +5,19 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mar_mini.configs import choose
-from mar_mini.diffusion import NUM_TIMESTEPS, Diffusion
-from mar_mini.solvers import FIRST_TIMESTEP, SOLVERS
+from mar_mini.diffusion import DETERMINISTIC_START, NUM_TIMESTEPS, SOLVERS, Diffusion, Solver, ddpm
 from mar_mini.transformer import LAYER_NORM_EPS
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def draw_noise(n: int, channels: int, generator: Generators, like: Tensor) -> Tensor:
-    """Standard normal noise (n, C) of the dtype and on the device of `like`.
-
-    generator  one torch.Generator draws all rows at once; from a list of G of them each draws its
-               own n / G rows, so that they depend on no other. Noise is drawn on its device
-    """
+    """Draw standard normal noise (n, C); each of G generators draws n / G rows of its own."""
     if isinstance(generator, Sequence):
         rows = n // len(generator)
         return torch.cat([draw_noise(rows, channels, g, like) for g in generator])
@@ -42,9 +37,8 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(self.num_sinusoids, width), nn.SiLU(), nn.Linear(width, width)
-        )
+        layers = nn.Linear(self.num_sinusoids, width), nn.SiLU(), nn.Linear(width, width)
+        self.mlp = nn.Sequential(*layers)
 
     @classmethod
     def sinusoids(cls, t: Int[Tensor, " N"]) -> Float[Tensor, "N 256"]:
@@ -56,8 +50,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Int[Tensor, " N"]) -> Float[Tensor, "N W"]:
         if len(t) > NUM_TIMESTEPS:  # more rows than timesteps: embed each timestep once
-            every = torch.arange(NUM_TIMESTEPS, device=t.device)
-            return F.embedding(t, self(every))
+            return F.embedding(t, self(torch.arange(NUM_TIMESTEPS, device=t.device)))
         return self.mlp(self.sinusoids(t).to(self.mlp[0].weight.dtype))
 
 
@@ -89,34 +82,16 @@ class FinalLayer(nn.Module):
 
 
 class SimpleMLPAdaLN(nn.Module):
-    """The denoising MLP: noisy token, timestep and z in; predicted noise and variance out.
+    """The denoising MLP: noisy token, timestep and z in; predicted noise and variance out."""
 
-    in_channels      C, values of a token
-    model_channels   W, width of the MLP
-    out_channels     2C: noise, then the variance's v
-    z_channels       D, width of z
-    num_res_blocks   depth
-    block            what to build the blocks from: anything called like `ResBlock`
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        model_channels: int,
-        out_channels: int,
-        z_channels: int,
-        num_res_blocks: int,
-        grad_checkpointing: bool = False,
-        *,
-        block: Callable[[int], nn.Module] = ResBlock,
-    ):
+    def __init__(self, channels, width, z_channels, depth, checkpointing=False, block=ResBlock):
         super().__init__()
-        self.grad_checkpointing = grad_checkpointing
-        self.time_embed = TimestepEmbedder(model_channels)
-        self.cond_embed = nn.Linear(z_channels, model_channels)
-        self.input_proj = nn.Linear(in_channels, model_channels)
-        self.res_blocks = nn.ModuleList(block(model_channels) for _ in range(num_res_blocks))
-        self.final_layer = FinalLayer(model_channels, out_channels)
+        self.grad_checkpointing = checkpointing
+        self.time_embed = TimestepEmbedder(width)
+        self.cond_embed = nn.Linear(z_channels, width)
+        self.input_proj = nn.Linear(channels, width)
+        self.res_blocks = nn.ModuleList(block(width) for _ in range(depth))
+        self.final_layer = FinalLayer(width, 2 * channels)  # noise, then the variance's v
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -134,17 +109,13 @@ class SimpleMLPAdaLN(nn.Module):
     def forward(
         self, x: Float[Tensor, "R C"], t: Int[Tensor, " R"], z: Float[Tensor, "N D"]
     ) -> Float[Tensor, "R C2"]:
-        """Predicted noise and v for noisy tokens x at the original timesteps t, given z.
-
-        R is a multiple of N: noise levels of the same tokens one after the other, and the
-        condition is embedded once for all of them.
-        """
+        """Predict noise and v for tokens x at the original timesteps t; R is a multiple of N."""
         condition = self.cond_embed(z)  # (N, W)
         y = self.time_embed(t).unflatten(0, (-1, len(z))) + condition  # (R / N, N, W)
         return self.denoise(x, y.flatten(0, 1))  # (R, 2C)
 
     def denoise(self, x: Float[Tensor, "N C"], y: Float[Tensor, "N W"]) -> Float[Tensor, "N C2"]:
-        """The MLP itself; y is the sum of the embedded timestep and the embedded condition."""
+        """Run the MLP itself; y is the embedded timestep plus the embedded condition."""
         x = self.input_proj(x)  # (N, W)
         for block in self.res_blocks:
             if self.grad_checkpointing and self.training:
@@ -154,15 +125,9 @@ class SimpleMLPAdaLN(nn.Module):
         return self.final_layer(x, y)  # (N, 2C)
 
 
-def as_steps(
-    net: nn.Module, z: Float[Tensor, "N D"], timesteps: Int[Tensor, " T"]
-) -> Callable[[Tensor, int], Tensor]:
-    """net(x, timesteps[i], z) as a function of (x, i); what no x changes is computed once for all.
-
-    The conditions are the same at each step, and so is the timestep of all tokens. A network with
-    a `forward` of its own is called as it is.
-    """
-    if type(net).forward is not SimpleMLPAdaLN.forward:
+def as_steps(net: nn.Module, z: Tensor, timesteps: Tensor) -> Callable[[Tensor, int], Tensor]:
+    """Turn net(x, timesteps[i], z) into a function of (x, i), which embeds t and z only once."""
+    if type(net).forward is not SimpleMLPAdaLN.forward:  # one's own is called as it is
         return lambda x, i: net(x, timesteps[i].expand(len(x)), z)
     embedded, condition = net.time_embed(timesteps), net.cond_embed(z)  # (T, W), (N, W)
     return lambda x, i: net.denoise(x, embedded[i] + condition)
@@ -171,8 +136,8 @@ def as_steps(
 def guide(output: Float[Tensor, "M C2"], cfg: float) -> Float[Tensor, "N C2"]:
     """Classifier-free guidance of the noise (Ho & Salimans 2022, eq. 6).
 
-    output   (2N, 2C): conditional rows, then unconditional ones
-    returns  (N, 2C): noise uncond + cfg * (cond - uncond), and the conditional rows' variance
+    output   conditional rows, then as many unconditional ones
+    returns  noise uncond + cfg * (cond - uncond), and the conditional rows' variance
     """
     cond, uncond = output.chunk(2)  # 2 x (N, 2C)
     noise_c, v = cond.chunk(2, dim=1)  # 2 x (N, C)
@@ -180,43 +145,28 @@ def guide(output: Float[Tensor, "M C2"], cfg: float) -> Float[Tensor, "N C2"]:
     return torch.cat([noise_u + cfg * (noise_c - noise_u), v], dim=1)
 
 
+def masked_rows(x: Tensor | None, mask: Tensor, repeat: int) -> Tensor | None:
+    """Of the rows of all tokens, repetition-major, those of the masked ones; None stays None."""
+    return x if x is None else x.unflatten(0, (repeat, -1))[:, mask.flatten()].flatten(0, 1)
+
+
 class Head(nn.Module):
-    """What MAR expects of a head: p(token | z) to train and to sample from.
+    """What MAR expects of a head, p(token | z); one's own writes `forward` and `sample`."""
 
-    A head of one's own subclasses this and writes `forward` and `sample`.
-    """
-
-    def forward(
-        self, target, z, mask=None, *, repeat=1, t=None, noise=None, generator=None
-    ) -> Tensor:
-        """The loss, a scalar."""
-        raise NotImplementedError
+    def forward(self, target, z, mask=None, **given) -> Float[Tensor, ""]:
+        """Compute the loss; arguments as for `DiffLoss.terms`."""
+        return self.terms(target, z, mask, **given)["loss"]
 
     def terms(self, target, z, mask=None, **given) -> dict[str, Tensor]:
-        """The loss and what it is made of, by name, scalars."""
+        """Compute the loss and what it is made of, by name, scalars."""
         return {"loss": self(target, z, mask, **given)}
 
     def draw(self, n, generator, t=None, noise=None) -> tuple[Tensor | None, Tensor | None]:
-        """t and noise of n rows, where they are not given; None: `forward` draws, or needs none.
+        """Draw t and noise of n rows, where they are not given; None: `forward` draws."""
+        return t, noise  # a head that draws here has the same losses in micro batches
 
-        A head that draws here can be trained by several processes, or in micro batches, and the
-        losses stay the same.
-        """
-        return t, noise
-
-    def sample(
-        self,
-        z,
-        z_uncond=None,
-        *,
-        cfg=1.0,
-        temperature=1.0,
-        clip=None,
-        num_sampling_steps=None,
-        solver="ddpm",
-        generator=None,
-    ) -> Tensor:
-        """Tokens (N, C) drawn given z (N, D)."""
+    def sample(self, z, z_uncond=None, *, cfg=1.0, **settings) -> Tensor:
+        """Draw tokens (N, C) given z (N, D); arguments as for `DiffLoss.sample`."""
         raise NotImplementedError
 
 
@@ -226,100 +176,54 @@ class DiffLoss(Head):
     target_channels     C, values of a token
     z_channels          D, width of z
     depth, width        of the denoising MLP
-    num_sampling_steps  default number of diffusion steps while sampling
-    block               what to build the MLP from: anything called like `ResBlock`
+    num_sampling_steps  diffusion steps while sampling, by default
+    mlp, settings       of the MLP: `checkpointing`, and `block`, anything called like `ResBlock`
     """
 
     def __init__(
-        self,
-        target_channels: int,
-        z_channels: int,
-        depth: int,
-        width: int,
-        num_sampling_steps: int = 100,
-        grad_checkpointing: bool = False,
-        *,
-        block: Callable[[int], nn.Module] = ResBlock,
+        self, target_channels, z_channels, depth, width, num_sampling_steps=100, *mlp, **settings
     ):
         super().__init__()
-        self.target_channels = target_channels
-        self.num_sampling_steps = num_sampling_steps
-        self.net = SimpleMLPAdaLN(
-            target_channels,
-            width,
-            2 * target_channels,
-            z_channels,
-            depth,
-            grad_checkpointing,
-            block=block,
-        )
+        self.target_channels, self.num_sampling_steps = target_channels, num_sampling_steps
+        sizes = (target_channels, width, z_channels, depth)
+        self.net = SimpleMLPAdaLN(*sizes, *mlp, **settings)
         self.diffusion = Diffusion()
         Diffusion(num_sampling_steps)  # refuses an impossible number now, not when sampling
 
-    def forward(
-        self,
-        target: Float[Tensor, "N C"],
-        z: Float[Tensor, "N D"],
-        mask: Bool[Tensor, " N"] | None = None,
-        *,
-        repeat: int = 1,
-        t: Int[Tensor, " R"] | None = None,
-        noise: Float[Tensor, "R C"] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, ""]:
-        """Mean loss over the masked tokens (over all without a mask): `terms(...)["loss"]`."""
-        given = {"t": t, "noise": noise, "generator": generator}
-        return self.terms(target, z, mask, repeat=repeat, **given)["loss"]
+    def terms(self, target, z, mask=None, *, repeat=1, t=None, noise=None, generator=None):
+        """Compute the loss and its two parts, `mse` and `vb`, as means over the masked tokens.
 
-    def terms(
-        self,
-        target: Float[Tensor, "N C"],
-        z: Float[Tensor, "N D"],
-        mask: Bool[Tensor, " N"] | None = None,
-        *,
-        repeat: int = 1,
-        t: Int[Tensor, " R"] | None = None,
-        noise: Float[Tensor, "R C"] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Float[Tensor, ""]]:
-        """The loss and its two parts, `mse` and `vb`, as means over the masked tokens.
-
-        target  (N, C) clean tokens
-        z       (N, D) conditions
-        mask    (N,) bool, True = counts; the head does not even look at the others
-        repeat  noise levels drawn for each token
-        t       (R,) int64 timesteps in [0, 1000) and noise (R, C), R = repeat * N rows,
-                repetition-major; drawn from `generator` if None
+        target    (N, C) clean tokens; z (N, D) their conditions
+        mask      (N,) bool, True = counts; the head does not even look at the others
+        repeat    noise levels drawn for each token
+        t, noise  (R,) int64 timesteps in [0, 1000) and (R, C) noise of R = repeat * N rows,
+                  repetition-major; drawn from `generator` if None
         """
         if mask is not None:
             target, z = target[mask], z[mask]
-            t, noise = (
-                x if x is None else x.unflatten(0, (repeat, -1))[:, mask].flatten(0, 1)
-                for x in (t, noise)
-            )
-        given = {"t": t, "noise": noise, "generator": generator}
-        rows = self.rows(target, z, repeat=repeat, **given)
-        return {name: value.mean() for name, value in rows.items()}
+            t, noise = (masked_rows(x, mask, repeat) for x in (t, noise))
+        found = self.token_terms(target, z, repeat=repeat, t=t, noise=noise, generator=generator)
+        return {name: value.mean() for name, value in found.items()}
+
+    def token_terms(
+        self, target, z, *, repeat=1, t=None, noise=None, generator=None
+    ) -> dict[str, Float[Tensor, " R"]]:
+        """Compute the loss of each token and noise level and its two parts; see `terms`."""
+        target = target.repeat(repeat, 1)  # (R, C)
+        t, noise = self.draw(len(target), generator, t, noise)
+        t, noise = t.to(target.device), noise.to(target)
+        x_t = self.diffusion.q_sample(target, t, noise)  # (R, C)
+        output = self.net(x_t, t, z).to(target.dtype)  # (R, 2C)
+        return self.diffusion.loss(output, target, x_t, t, noise)
 
     def draw(self, n, generator, t=None, noise=None) -> tuple[Tensor, Tensor]:
-        """Timesteps (n,) int64 and noise (n, C), on the generator's device; see `Head.draw`."""
+        """Draw timesteps (n,) int64 and noise (n, C) on the generator's device; see `Head.draw`."""
         device = next(self.parameters()).device if generator is None else generator.device
         if t is None:
             t = torch.randint(NUM_TIMESTEPS, (n,), generator=generator, device=device)
         if noise is None:
             noise = torch.randn(n, self.target_channels, generator=generator, device=device)
         return t, noise
-
-    def rows(
-        self, target: Tensor, z: Tensor, *, repeat=1, t=None, noise=None, generator=None
-    ) -> dict[str, Float[Tensor, " R"]]:
-        """The loss of each token and noise level and its two parts; see `terms`."""
-        target = target.repeat(repeat, 1)  # (R, C)
-        t, noise = self.draw(len(target), generator, t, noise)
-        t, noise = t.to(target.device), noise.to(target)
-        x_t = self.diffusion.q_sample(target, t, noise)
-        output = self.net(x_t, t, z).to(target.dtype)
-        return self.diffusion.loss(output, target, x_t, t, noise)
 
     def sample(
         self,
@@ -330,25 +234,18 @@ class DiffLoss(Head):
         temperature: float = 1.0,
         clip: float | None = None,
         num_sampling_steps: int | None = None,
-        solver: str = "ddpm",
+        solver: str | Solver = "ddpm",
         generator: Generators = None,
     ) -> Float[Tensor, "N C"]:
         """Draw one token for each z by running the diffusion backwards (MAR section 3.2).
 
-        z, z_uncond         (N, D) conditions with and without class; the second for guidance only
-        cfg                 guidance weight; 1 = none
-        temperature         "ddpm": scale of the noise injected at each step, 0 = none but the
-                            initial one; the other two inject none: scale of the initial noise
-        clip                bound on |x0|, for models trained on a small budget (see `diffusion`)
-        num_sampling_steps  2 to 1000; the constructor's by default
-        solver              "ddpm", or deterministic and in fewer steps "ddim", "dpm_solver"
-        generator           one torch.Generator, or a list of G of them for N / G rows each. One
-                            draw for the initial state, one for each step but the last, none at
-                            temperature 0
-        returns             (N, C) float32 tokens
+        z_uncond   conditions without class, for guidance only
+        generator  one torch.Generator, or a list of G of them for N / G rows each. One draw for
+                   the initial state, one for each step but the last
+
+        The further arguments are those of `sampling.sample`.
         """
-        walk = choose("solver", solver, SOLVERS)
-        diffusion = Diffusion(num_sampling_steps or self.num_sampling_steps, FIRST_TIMESTEP[solver])
+        walk, diffusion = reverse_walk(solver, num_sampling_steps or self.num_sampling_steps)
         dtype = self.net.input_proj.weight.dtype
         both = z if z_uncond is None else torch.cat([z, z_uncond])  # (N or 2N, D)
         network = as_steps(self.net, both, diffusion.timestep_map.to(z.device))
@@ -362,3 +259,10 @@ class DiffLoss(Head):
             return draw_noise(len(z), self.target_channels, generator, z.new_empty(0).float())
 
         return walk(denoise, diffusion, draw, temperature, clip)
+
+
+def reverse_walk(solver: str | Solver, num_steps: int) -> tuple[Solver, Diffusion]:
+    """Find a solver by its name, and its timesteps. Raises ValueError if there are none such."""
+    walk = choose("solver", solver, SOLVERS)
+    last = NUM_TIMESTEPS - 1 if walk is ddpm else DETERMINISTIC_START
+    return walk, Diffusion(num_steps, last)

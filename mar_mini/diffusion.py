@@ -7,13 +7,13 @@ formulas, not weights.
 The terminal step. A network predicts the noise, and x0 follows from it as
 `x0 = x_t / sqrt(alpha_bar) - sqrt(1 / alpha_bar - 1) * noise`. At t = 999 the cosine schedule has
 alpha_bar = 2.4e-9, so an error of the predicted noise enters x0 multiplied by 20,291 (by 34 at
-t = 980). A model trained for hundreds of epochs predicts the noise there almost exactly. A young
-one does not: one step later the state is far outside of anything seen in training, from where the
-network does not find back, and the samples are noise, or black. The cure is a bound on x0 (`clip`):
-a token of the training set never leaves a known range, so the predicted one may not either.
+t = 980). A young model's error there is large: one step later the state is far outside of anything
+seen in training, and the samples are noise, or black. The cure is a bound on x0 (`clip`): a token
+of the training set never leaves a known range, so the predicted one may not either.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,17 +21,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 NUM_TIMESTEPS = 1000
+DETERMINISTIC_START = 980  # the timestep at which solvers that inject no noise begin
+
+Denoise = Callable[[Tensor, int], Tensor]  # (x (N, C), index of a timestep) -> output (N, 2C)
+Draw = Callable[[], Tensor]  # -> standard normal noise (N, C)
 
 
 def cosine_alpha_bars(num_timesteps: int = NUM_TIMESTEPS) -> Float[Tensor, " T"]:
-    """Share of the signal's variance that is left after each step (Nichol & Dhariwal, eq. 17).
-
-    returns  (T,) float64, falling from almost 1 to almost 0; no single step removes more than 99.9%
-    """
+    """Share of the signal's variance left after each step, float64 (Nichol & Dhariwal, eq. 17)."""
     # on the CPU even where a model is built without memory: these numbers are not loaded later
     u = torch.arange(num_timesteps + 1, dtype=torch.float64, device="cpu") / num_timesteps
     signal = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-    betas = (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
+    betas = (1 - signal[1:] / signal[:-1]).clamp(max=0.999)  # no step removes all
     return (1 - betas).cumprod(0)
 
 
@@ -56,23 +57,19 @@ class Diffusion:
 
     def __init__(self, num_steps: int = NUM_TIMESTEPS, last: int = NUM_TIMESTEPS - 1):
         if not 2 <= num_steps <= last + 1:
-            raise ValueError(
-                f"num_sampling_steps is {num_steps}; expected 2 to {last + 1} diffusion steps"
-            )
+            raise ValueError(f"num_sampling_steps is {num_steps}; expected 2 to {last + 1}")
         self.num_steps = num_steps
-        self.timestep_map = torch.tensor(
-            [round(k * last / (num_steps - 1)) for k in range(num_steps)], device="cpu"
-        )
+        kept = [round(k * last / (num_steps - 1)) for k in range(num_steps)]
+        self.timestep_map = torch.tensor(kept, device="cpu")
         self.alpha_bars = alpha_bars = cosine_alpha_bars()[self.timestep_map]
         previous = torch.cat([alpha_bars.new_ones(1), alpha_bars[:-1]])
         self.betas = betas = 1 - alpha_bars / previous
         # q(x_{t-1} | x_t, x0) is normal with mean coef_x0 * x0 + coef_xt * x_t (Ho et al., eq. 7)
         self.coef_x0 = betas * previous.sqrt() / (1 - alpha_bars)
         self.coef_xt = (1 - previous) * (1 - betas).sqrt() / (1 - alpha_bars)
-        self.posterior_variance = betas * (1 - previous) / (1 - alpha_bars)
+        self.posterior_variance = variance = betas * (1 - previous) / (1 - alpha_bars)
         # the posterior of the last step has variance 0; its log borrows the neighbour's
-        clipped = torch.cat([self.posterior_variance[1:2], self.posterior_variance[1:]])
-        self.posterior_log_variance = clipped.log()
+        self.posterior_log_variance = torch.cat([variance[1:2], variance[1:]]).log()
         self.log_betas = betas.log()
         self.sqrt_alpha_bars = alpha_bars.sqrt()
         self.sqrt_one_minus_alpha_bars = (1 - alpha_bars).sqrt()
@@ -81,62 +78,44 @@ class Diffusion:
 
     @staticmethod
     def at(table: Float[Tensor, " T"], t: int | Int[Tensor, " N"]) -> float | Tensor:
-        """Entries of a table: a number for one t, a float32 column (N, 1) for many."""
-        if isinstance(t, int):
-            return float(table[t])
-        return table.to(t.device)[t].float()[:, None]
+        """Look entries of a table up: a number for one t, a float32 column (N, 1) for many."""
+        return float(table[t]) if isinstance(t, int) else table.to(t.device)[t].float()[:, None]
 
     def q_sample(
         self, x0: Float[Tensor, "N C"], t: Int[Tensor, " N"], noise: Float[Tensor, "N C"]
     ) -> Float[Tensor, "N C"]:
         """Noise clean tokens to level t in one go (Ho et al. 2020, eq. 4)."""
-        return (
-            self.at(self.sqrt_alpha_bars, t) * x0
-            + self.at(self.sqrt_one_minus_alpha_bars, t) * noise
-        )
+        signal, spread = self.sqrt_alpha_bars, self.sqrt_one_minus_alpha_bars
+        return self.at(signal, t) * x0 + self.at(spread, t) * noise
 
-    def posterior_mean(self, x0: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
-        """Mean of q(x_{t-1} | x_t, x0), (N, C) (Ho et al. 2020, eq. 7)."""
+    def posterior_mean(self, x0: Tensor, x_t: Tensor, t: int | Tensor) -> Float[Tensor, "N C"]:
+        """Mean of q(x_{t-1} | x_t, x0) (Ho et al. 2020, eq. 7)."""
         return self.at(self.coef_x0, t) * x0 + self.at(self.coef_xt, t) * x_t
 
     def p_mean_variance(
-        self,
-        output: Float[Tensor, "N C2"],
-        x_t: Float[Tensor, "N C"],
-        t: int | Int[Tensor, " N"],
-        clip: float | None = None,
+        self, output: Float[Tensor, "N C2"], x_t: Float[Tensor, "N C"], t, clip: float | None = None
     ) -> ReverseStep:
         """Read the network's output as the reverse step from x_t.
 
-        output  (N, 2C): predicted noise, then v, which chooses the log variance between the
-                posterior's (v = -1) and log beta (v = 1) (Nichol & Dhariwal 2021, eq. 15)
-        t       index into the kept timesteps, one for all rows or one for each
+        output  predicted noise, then v, which chooses the log variance between the posterior's
+                (v = -1) and log beta (v = 1) (Nichol & Dhariwal 2021, eq. 15)
+        t       index into the kept timesteps: an int for all rows, or int64 (N,)
         clip    bound on |x0|; None for none. See the module's text on the terminal step
         """
         noise, v = output.chunk(2, dim=1)
+        high, low = self.at(self.log_betas, t), self.at(self.posterior_log_variance, t)
         fraction = (v + 1) / 2
-        log_variance = fraction * self.at(self.log_betas, t) + (1 - fraction) * self.at(
-            self.posterior_log_variance, t
-        )
+        log_variance = fraction * high + (1 - fraction) * low
         x0 = self.at(self.sqrt_recip_alpha_bars, t) * x_t - self.at(self.noise_gain, t) * noise
         if clip is not None:
             x0 = x0.clamp(-clip, clip)
         return ReverseStep(self.posterior_mean(x0, x_t, t), log_variance, x0)
 
-    def p_sample(
-        self,
-        output: Float[Tensor, "N C2"],
-        x_t: Float[Tensor, "N C"],
-        t: int | Int[Tensor, " N"],
-        noise: Float[Tensor, "N C"] | None,
-        temperature: float = 1.0,
-        clip: float | None = None,
-    ) -> Float[Tensor, "N C"]:
-        """Draw x_{t-1} given x_t.
+    def p_sample(self, output, x_t, t, noise, temperature=1.0, clip=None) -> Float[Tensor, "N C"]:
+        """Draw x_{t-1} given x_t; further arguments as for `p_mean_variance`.
 
-        noise        (N, C) standard normal, or None where none is needed
-        temperature  scale of the injected noise (MAR section 4, "temperature"); at t = 0 no noise
-                     is injected
+        noise        (N, C) standard normal, or None for the mean; at t = 0 none is injected
+        temperature  scale of the injected noise (MAR section 4)
         """
         step = self.p_mean_variance(output, x_t, t, clip)
         if noise is None:
@@ -146,14 +125,7 @@ class Diffusion:
             return step.mean + std * noise if t > 0 else step.mean
         return step.mean + (t > 0).to(std)[:, None] * std * noise
 
-    def loss(
-        self,
-        output: Float[Tensor, "N C2"],
-        x0: Float[Tensor, "N C"],
-        x_t: Float[Tensor, "N C"],
-        t: Int[Tensor, " N"],
-        noise: Float[Tensor, "N C"],
-    ) -> dict[str, Float[Tensor, " N"]]:
+    def loss(self, output, x0, x_t, t, noise) -> dict[str, Float[Tensor, " N"]]:
         """Training loss of each token: `loss` = `mse` + `vb`.
 
         mse  mean squared error of the predicted noise over the channels (MAR eq. 1)
@@ -162,14 +134,12 @@ class Diffusion:
         """
         predicted, v = output.chunk(2, dim=1)
         mse = (noise - predicted).square().mean(1)
-        frozen = torch.cat([predicted.detach(), v], dim=1)
-        step = self.p_mean_variance(frozen, x_t, t)
-        kl = normal_kl(
+        step = self.p_mean_variance(torch.cat([predicted.detach(), v], dim=1), x_t, t)
+        mean, log_variance = (
             self.posterior_mean(x0, x_t, t),
             self.at(self.posterior_log_variance, t),
-            step.mean,
-            step.log_variance,
-        ).mean(1)
+        )
+        kl = normal_kl(mean, log_variance, step.mean, step.log_variance).mean(1)
         nll = discretised_nll(x0, step.mean, 0.5 * step.log_variance).mean(1)
         vb = torch.where(t == 0, nll, kl) / math.log(2)
         return {"loss": mse + vb, "mse": mse, "vb": vb}
@@ -177,13 +147,8 @@ class Diffusion:
 
 def normal_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) -> Tensor:
     """KL(N1 || N2) in nats, element by element."""
-    return 0.5 * (
-        -1.0
-        + logvar2
-        - logvar1
-        + torch.exp(logvar1 - logvar2)
-        + (mean1 - mean2) ** 2 * torch.exp(-logvar2)
-    )
+    spread, distance = torch.exp(logvar1 - logvar2), (mean1 - mean2) ** 2
+    return 0.5 * (-1.0 + logvar2 - logvar1 + spread + distance * torch.exp(-logvar2))
 
 
 def approximate_normal_cdf(x: Tensor) -> Tensor:
@@ -192,12 +157,52 @@ def approximate_normal_cdf(x: Tensor) -> Tensor:
 
 
 def discretised_nll(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Negative log-likelihood in nats of x in [-1, 1] in bins of 2/255, element by element.
-
-    The outermost bins are open. Source: Ho et al. 2020, section 3.3.
-    """
+    """-log p in nats of x in [-1, 1] in bins of 2/255, the outermost open (Ho et al., sec. 3.3)."""
     centred, inv_std = x - mean, torch.exp(-log_std)
     upper = approximate_normal_cdf(inv_std * (centred + 1 / 255))
     lower = approximate_normal_cdf(inv_std * (centred - 1 / 255))
     probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
     return -probability.clamp(min=1e-12).log()
+
+
+# From noise to a token: each solver takes the network as `denoise(x, i)`, its output at the i-th of
+# the diffusion's timesteps, and walks from the last one to 0.
+
+
+def ddpm(denoise, diffusion, draw, temperature, clip) -> Float[Tensor, "N C"]:
+    """Ancestral sampling: at each step a draw from p(x_{t-1} | x_t) (Ho et al. 2020, algorithm 2).
+
+    draw         called once for the initial state and once for each step but the last
+    temperature  scale of the noise injected at each step; nothing is drawn for it at 0
+    """
+    x = draw()  # (N, C)
+    for t in reversed(range(diffusion.num_steps)):
+        output = denoise(x, t)  # (N, 2C)
+        noise = draw() if t > 0 and temperature > 0 else None  # (N, C)
+        x = diffusion.p_sample(output, x, t, noise, temperature, clip)  # (N, C)
+    return x
+
+
+def ddim(denoise, diffusion, draw, temperature, clip) -> Float[Tensor, "N C"]:
+    """The deterministic path with straight steps (Song et al. 2021, DDIM, eq. 12 with sigma = 0).
+
+    It starts at t = 980 and not at 999, where a small error of the predicted noise would decide
+    the whole path. The temperature scales the initial noise, the only one there is.
+    """
+    x = temperature * draw()  # (N, C)
+    for t in reversed(range(diffusion.num_steps)):
+        x0 = diffusion.p_mean_variance(denoise(x, t), x, t, clip).x0  # (N, C)
+        signal, noise, next_signal, next_noise = levels(diffusion, t)
+        x = next_signal * x0 + next_noise / noise * (x - signal * x0)  # (N, C)
+    return x
+
+
+def levels(diffusion: Diffusion, t: int) -> tuple[float, float, float, float]:
+    """Scale of signal and of noise at the t-th timestep, and after the step that follows."""
+    signal, noise = diffusion.sqrt_alpha_bars, diffusion.sqrt_one_minus_alpha_bars
+    after = (float(signal[t - 1]), float(noise[t - 1])) if t > 0 else (1.0, 0.0)
+    return float(signal[t]), float(noise[t]), *after
+
+
+Solver = Callable[[Denoise, Diffusion, Draw, float, float | None], Tensor]
+SOLVERS: dict[str, Solver] = {"ddpm": ddpm, "ddim": ddim}

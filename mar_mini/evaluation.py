@@ -5,28 +5,18 @@ falls with their number: so each figure stands beside its floor, that of as many
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from mar_mini.files import write_atomically
 
-
-def class_means(
-    images: Float[Tensor, "N C H W"], labels: Int[Tensor, " N"]
-) -> Float[Tensor, "K C H W"]:
+def class_means(images: Float[Tensor, "N C H W"], labels: Int[Tensor, " N"]) -> Tensor:
     """The mean image of each class, (K, C, H, W)."""
     return torch.stack([images[labels == k].mean(0) for k in range(int(labels.max()) + 1)])
 
 
-def nearest_class(
-    images: Float[Tensor, "N C H W"], means: Float[Tensor, "K C H W"]
-) -> Int[Tensor, " N"]:
+def nearest_class(images: Float[Tensor, "N C H W"], means: Float[Tensor, "K C H W"]) -> Tensor:
     """The class whose mean image is nearest in pixels (Euclidean), (N,) int64."""
     return torch.cdist(images.flatten(1), means.flatten(1)).argmin(1)
 
@@ -38,9 +28,7 @@ def recognised(
     return float((nearest_class(images, means) == asked.to(images.device)).double().mean())
 
 
-def class_accuracy(
-    taken: Int[Tensor, " N"], asked: Int[Tensor, " N"], classes: int
-) -> Float[Tensor, " K"]:
+def class_accuracy(taken: Int[Tensor, " N"], asked: Int[Tensor, " N"], classes: int) -> Tensor:
     """For each class, the share of the images asked for as that class that are taken for it.
 
     taken    (N,) what a classifier says of each image
@@ -64,10 +52,13 @@ def frechet_distance(a: Float[Tensor, "N D"], b: Float[Tensor, "M D"]) -> float:
             f"features are {tuple(a.shape)} and {tuple(b.shape)}; expected (N, D) and (M, D) with "
             "two rows at least"
         )
-    (mean_a, cov_a), (mean_b, cov_b) = (
-        (x.double().mean(0), torch.cov(x.double().T).reshape(x.shape[1], -1)) for x in (a, b)
-    )
-    return frechet_from_moments(mean_a, cov_a, mean_b, cov_b)
+    return frechet_from_moments(*moments(a), *moments(b))
+
+
+def moments(features: Float[Tensor, "N D"]) -> tuple[Float64[Tensor, " D"], Float64[Tensor, "D D"]]:
+    """Mean and covariance of features, one row an image."""
+    x = features.double()
+    return x.mean(0), torch.cov(x.T).reshape(x.shape[1], -1)
 
 
 def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
@@ -82,12 +73,7 @@ def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: T
 
 
 def kernel_distance(
-    a: Float[Tensor, "N D"],
-    b: Float[Tensor, "M D"],
-    *,
-    subsets: int = 50,
-    size: int = 1000,
-    generator: torch.Generator | None = None,
+    a: Float[Tensor, "N D"], b: Float[Tensor, "M D"], *, subsets=50, size=1000, generator=None
 ) -> tuple[float, float]:
     """Squared distance of two clouds of features under the kernel (x.y / D + 1)^3: KID.
 
@@ -171,12 +157,7 @@ def psnr(a: Float[Tensor, "N C H W"], b: Float[Tensor, "N C H W"]) -> Float[Tens
 
 
 def bootstrap(
-    measure: Callable[[Tensor], float],
-    n: int,
-    *,
-    rounds: int = 100,
-    level: float = 0.95,
-    generator: torch.Generator | None = None,
+    measure: Callable[[Tensor], float], n: int, *, rounds=100, level=0.95, generator=None
 ) -> tuple[float, float]:
     """An interval for a measure of n rows: from what it gives for rows drawn with replacement.
 
@@ -194,12 +175,7 @@ def bootstrap(
 
 
 def floor(
-    real: Float[Tensor, "P D"],
-    n: int,
-    m: int,
-    *,
-    distance: Callable[[Tensor, Tensor], float] = frechet_distance,
-    generator: torch.Generator | None = None,
+    real: Float[Tensor, "P D"], n: int, m: int, *, distance=frechet_distance, generator=None
 ) -> float:
     """What a distance of n images to m images comes to if all are real: two sets without overlap.
 
@@ -212,97 +188,3 @@ def floor(
         raise ValueError(f"{len(real)} real images; expected {n} + {m} at least, all different")
     order = torch.randperm(len(real), generator=generator)
     return distance(real[order[:n]], real[order[n : n + m]])
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What samples are compared with, without the images themselves.
-
-    features_name              the network that made them; figures of different networks are never
-                               compared
-    mean, cov                  float64 (D,), (D, D) of the whole training set
-    train, test                float32 (N, D) features of some training images, and of test images
-    train_labels, test_labels  int64 (N,) their classes
-    train_count                how many images `mean` and `cov` are made from
-    """
-
-    features_name: str
-    mean: Tensor
-    cov: Tensor
-    train: Tensor
-    test: Tensor
-    train_labels: Tensor
-    test_labels: Tensor
-    train_count: int
-
-    def distance(self, features: Float[Tensor, "N D"]) -> float:
-        """Fréchet distance of some features to the whole training set."""
-        cov = torch.cov(features.double().T)
-        return frechet_from_moments(features.double().mean(0), cov, self.mean, self.cov)
-
-    def save(self, path: Path) -> None:
-        tensors = {
-            "mean": self.mean,
-            "cov": self.cov,
-            "train": self.train.half(),
-            "test": self.test.half(),
-            "train_labels": self.train_labels.byte(),
-            "test_labels": self.test_labels.byte(),
-        }
-        card = {"features": self.features_name, "train_count": str(self.train_count)}
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, card))
-
-    @classmethod
-    def load(cls, path: Path) -> "Reference":
-        """Raises ValueError if the file is missing or damaged."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                x = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                card = file.metadata()
-            return cls(
-                card["features"],
-                x["mean"],
-                x["cov"],
-                x["train"].float(),
-                x["test"].float(),
-                x["train_labels"].long(),
-                x["test_labels"].long(),
-                int(card["train_count"]),
-            )
-        except (SafetensorError, OSError, KeyError) as error:
-            raise ValueError(f"{path} is missing or damaged ({error}); restore it") from error
-
-
-def judge(
-    features: Float[Tensor, "N D"], asked: Int[Tensor, " N"], reference: Reference, seed: int = 0
-) -> dict[str, tuple[float, float]]:
-    """Each figure of some samples, and beside it its floor: that of as many real test images.
-
-    features  (N, D) of the samples, by the network of the reference
-    asked     (N,) the classes that were asked for
-    returns   name -> (of the samples, floor); "distance", "KID" lower is better, "precision"
-              and "recall" higher; "class found" is the share in which a linear discriminant finds
-              the class, "nearest" the median distance to the nearest training image
-
-    Raises ValueError for more samples than the reference has test images.
-    """
-    n = len(features)
-    if n > len(reference.test):
-        raise ValueError(
-            f"{n} samples, but the reference has {len(reference.test)} test images to give the "
-            "floor; judge fewer samples"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    picked = torch.randperm(len(reference.test), generator=generator)[:n]
-    train = reference.train[torch.randperm(len(reference.train), generator=generator)[:n]]
-    classify = linear_discriminant(reference.train, reference.train_labels)
-
-    def figures(x: Tensor, labels: Tensor) -> list[float]:
-        kid = kernel_distance(x, train, generator=torch.Generator().manual_seed(seed))[0]
-        found = float((classify(x) == labels).double().mean())
-        near = float(nearest(x, reference.train)[0].median())
-        return [reference.distance(x), kid, *precision_recall(x, train), found, near]
-
-    names = ("distance", "KID", "precision", "recall", "class found", "nearest")
-    floor = figures(reference.test[picked], reference.test_labels[picked])
-    return dict(zip(names, zip(figures(features, asked), floor, strict=True), strict=True))

@@ -19,9 +19,7 @@ from mar_mini.tokens import take
 Order = Callable[[int, int, int, torch.Generator | None], Tensor]
 
 
-def random(
-    height: int, width: int, batch_size: int, generator: torch.Generator | None = None
-) -> Int[Tensor, "B L"]:
+def random(height, width, batch_size, generator=None) -> Int[Tensor, "B L"]:
     """A different random permutation for each image (MAR section 3.4)."""
     device = "cpu" if generator is None else generator.device
     return torch.rand(batch_size, height * width, generator=generator, device=device).argsort(dim=1)
@@ -63,10 +61,9 @@ def checkerboard(height, width, batch_size, generator=None) -> Int[Tensor, "B L"
 
 
 def halton(height, width, batch_size, generator=None) -> Int[Tensor, "B L"]:
-    """Evenly spread at every moment: cells in the order in which a Halton sequence visits them.
+    """Evenly spread at every moment: as a Halton sequence of bases 2 and 3 visits the cells.
 
-    Bases 2 (rows) and 3 (columns). Source: Halton 1960; as an order for masked image models
-    Besnier et al. 2025.
+    Source: Halton 1960; as an order for masked image models Besnier et al. 2025.
     """
     seen: dict[int, None] = {}
     i = 0
@@ -87,69 +84,39 @@ def radical_inverse(i: int, base: int) -> Fraction:
     return Fraction(value, scale)
 
 
-ORDERS: dict[str, Order] = {
-    "random": random,
-    "raster": raster,
-    "reversed_raster": reversed_raster,
-    "spiral": spiral,
-    "centre_out": centre_out,
-    "checkerboard": checkerboard,
-    "halton": halton,
-}
+FUNCTIONS = (random, raster, reversed_raster, spiral, centre_out, checkerboard, halton)
+ORDERS: dict[str, Order] = {order.__name__: order for order in FUNCTIONS}
 
 
 def make_order(
-    order: str | Order,
-    height: int,
-    width: int,
-    batch_size: int,
-    generator: torch.Generator | None = None,
+    order: str | Order, height: int, width: int, batch_size: int, generator=None
 ) -> Int[Tensor, "B L"]:
-    """An order by name or from a function, checked to be one.
-
-    order    a key of `ORDERS`, or a callable (height, width, batch_size, generator) -> (B, L)
-    returns  int64 (B, L), each row a permutation of 0 .. L - 1, first to last
-
-    Raises ValueError for an unknown name, or if the callable returns anything else.
-    """
-    function = order if callable(order) else choose("order", order, ORDERS)
+    """Make an order by its name in `ORDERS` or by a function like those, and check it."""
+    function = choose("order", order, ORDERS)
     result = function(height, width, batch_size, generator)
     name = getattr(function, "__name__", "the order function")
     return check_order(result, height, width, batch_size, f"what {name} returned")
 
 
-def check_order(
-    result: object, height: int, width: int, batch_size: int, name: str = "the order"
-) -> Int[Tensor, "B L"]:
-    """That order, if it is one; else raises ValueError that says what came instead."""
+def check_order(result, height, width, batch_size, name="the order") -> Int[Tensor, "B L"]:
+    """Return that order, if it is one; else raise ValueError that says what came instead."""
     length = height * width
     if not isinstance(result, Tensor) or result.dtype != torch.int64:
         got = result.dtype if isinstance(result, Tensor) else type(result).__name__
         raise ValueError(f"{name} is {got}; expected int64 ({batch_size}, {length})")
     if result.shape != (batch_size, length):
-        raise ValueError(
-            f"{name} has shape {tuple(result.shape)}; expected ({batch_size}, {length}), one "
-            f"row an image and one entry for each place of the {height}x{width} grid"
-        )
+        got, want = tuple(result.shape), (batch_size, length)
+        raise ValueError(f"{name} has shape {got}; expected {want}, one row an image")
     expected = torch.arange(length, device=result.device)
     wrong = (result.sort(1).values != expected).any(1).nonzero().flatten()
     if len(wrong):
-        raise ValueError(
-            f"row {int(wrong[0])} of {name} is not a permutation of 0 to "
-            f"{length - 1}; each place of the {height}x{width} grid must come exactly once"
-        )
+        row = int(wrong[0])
+        raise ValueError(f"row {row} of {name} is not a permutation of 0 to {length - 1}")
     return result
 
 
 def mask_by_order(order: Int[Tensor, "B L"], num_masked: int) -> Bool[Tensor, "B L"]:
-    """Mask the tokens whose turn comes last.
-
-    order       int64 (B, L), first to last
-    num_masked  how many tokens of each row are still to be predicted
-    returns     bool (B, L), True = masked
-
-    Raises ValueError if there are not so many tokens.
-    """
+    """Mask the `num_masked` tokens of each row whose turn comes last."""
     if not 0 <= num_masked <= order.shape[1]:
         raise ValueError(f"num_masked is {num_masked}; expected 0 to {order.shape[1]}")
     mask = torch.zeros_like(order, dtype=torch.bool)
@@ -157,77 +124,49 @@ def mask_by_order(order: Int[Tensor, "B L"], num_masked: int) -> Bool[Tensor, "B
 
 
 def known_first(order: Int[Tensor, "B L"], known: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"]:
-    """The order with the known places in front; else each place keeps its turn among its kind.
-
-    order    int64 (B, L), first to last
-    known    bool (B, L), True = known from the start, by place and not by turn
-    returns  int64 (B, L), each row a permutation
-    """
+    """Move known places (True by place, not by turn) to the front; each kind keeps its order."""
     unknown = ~known.gather(1, order)  # (B, L) by turn
     return order.gather(1, unknown.int().argsort(dim=1, stable=True))  # (B, L)
 
 
-def positions(chosen: Bool[Tensor, "B L"], what: str = "chosen") -> Int[Tensor, "B K"]:
-    """Positions of the chosen tokens of each row, ascending.
-
-    chosen  bool (B, L), True = chosen
-    what    the word for them in the message
-
-    Raises ValueError if the rows do not have the same number of chosen tokens.
-    """
-    counts = chosen.sum(1)
-    least, most = torch.stack(counts.aminmax()).tolist()
-    if least != most:
-        row = int((counts != counts[0]).nonzero()[0])
-        raise ValueError(
-            f"row 0 of the mask has {int(counts[0])} {what} tokens, row {row} has "
-            f"{int(counts[row])}; expected the same number in each row of a batch, so split it"
-        )
-    return chosen.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+def same_count(chosen: Bool[Tensor, "B L"], name: str = "the mask") -> int:
+    """Count the places that each row chooses; raise ValueError if not all choose as many."""
+    first, *others = chosen.sum(1).tolist()
+    for row, count in enumerate(others, start=1):
+        if count != first:
+            raise ValueError(
+                f"row 0 of {name} has {first} chosen tokens, row {row} has {count}; "
+                "expected the same number in each row of a batch, so split it"
+            )
+    return first
 
 
-def keep(
-    x: Float[Tensor, "B L D"], chosen: Bool[Tensor, "B L"], what: str = "chosen"
-) -> Float[Tensor, "B K D"]:
-    """The chosen tokens of each row, in the order of their places.
+def positions(chosen: Bool[Tensor, "B L"], count: int | None = None) -> Int[Tensor, "B K"]:
+    """Positions of the chosen tokens of each row, ascending; `count` of them, counted if None."""
+    count = same_count(chosen) if count is None else count
+    return chosen.int().argsort(dim=1, descending=True, stable=True)[:, :count]
 
-    x        (B, L, D) float
-    chosen   bool (B, L), True = keep, the same number K in each row
-    what     the word for them in the message of the ValueError, if the numbers differ
-    """
-    return take(x, positions(chosen, what))
+
+def keep(x: Float[Tensor, "B L D"], chosen: Tensor, count=None) -> Float[Tensor, "B K D"]:
+    """Take the chosen tokens of each row, in the order of their places; see `positions`."""
+    return take(x, positions(chosen, count))
 
 
 def restore(
     x: Float[Tensor, "B K D"], mask: Bool[Tensor, "B L"], mask_token: Float[Tensor, "1 1 D"]
 ) -> Float[Tensor, "B L D"]:
-    """Known tokens back in their places, the mask token at all others.
-
-    x           (B, K, D) the known tokens, ascending places
-    mask        bool (B, L), True = masked, K False ones in each row; else ValueError
-    mask_token  (1, 1, D)
-    """
-    known = positions(~mask, "known")[..., None]  # (B, K, 1)
+    """Put the known tokens x, by ascending places, back; the mask token fills all others."""
+    known = positions(~mask, x.shape[1])[..., None]  # (B, K, 1)
     full = mask_token.to(x.dtype).repeat(*mask.shape, 1)  # (B, L, D)
     return full.scatter(1, known.expand_as(x), x)  # (B, L, D)
 
 
-def sample_mask_ratio(
-    mask_ratio_min: float, generator: torch.Generator | None = None, std: float = 0.25
-) -> float:
-    """Share of the tokens to hide in a training step: one number for the whole batch.
-
-    A normal distribution of mean 1 and standard deviation 0.25, cut off outside
-    [mask_ratio_min, 1] (MAR section 4); its mean is 0.867 for 0.7.
-    """
+def sample_mask_ratio(mask_ratio_min: float, generator=None, std: float = 0.25) -> float:
+    """Draw the share of tokens to hide: normal, cut off outside [minimum, 1] (MAR section 4)."""
     normal = torch.distributions.Normal(0.0, 1.0)
     lowest = normal.cdf(torch.tensor((mask_ratio_min - 1.0) / std, dtype=torch.float64))
-    u = torch.rand(
-        (),
-        generator=generator,
-        dtype=torch.float64,
-        device="cpu" if generator is None else generator.device,
-    ).cpu()
+    device = "cpu" if generator is None else generator.device
+    u = torch.rand((), generator=generator, dtype=torch.float64, device=device).cpu()
     ratio = 1.0 + std * normal.icdf(lowest + u * (0.5 - lowest))
     return min(1.0, max(mask_ratio_min, float(ratio)))
 
@@ -250,20 +189,15 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def masked_after(length: int, num_iter: int, schedule: str | Schedule = "cosine") -> list[int]:
-    """How many tokens are still masked after each of `num_iter` steps; the last entry is 0.
+    """Count the tokens that are still masked after each of `num_iter` steps, 1 to `length`.
 
     schedule  "cosine" (few tokens at first, many at the end; MAR section 3.4, after MaskGIT),
               "linear", or a function (i, N) -> share still masked after step i of N
-
-    Each step predicts at least one token. Raises ValueError for a number of steps below 1 or
-    above `length`, or an unknown schedule.
     """
     if not isinstance(num_iter, int) or not 1 <= num_iter <= length:
-        raise ValueError(
-            f"num_iter is {num_iter}; expected 1 to {length}, since each step predicts at least "
-            f"one of the {length} tokens"
-        )
-    share = schedule if callable(schedule) else choose("schedule", schedule, SCHEDULES)
+        why = "since each step predicts a token"
+        raise ValueError(f"num_iter is {num_iter}; expected 1 to {length}, {why}")
+    share = choose("schedule", schedule, SCHEDULES)
     masked = [length]
     for i in range(1, num_iter):
         left = math.floor(length * share(i, num_iter))
@@ -272,9 +206,6 @@ def masked_after(length: int, num_iter: int, schedule: str | Schedule = "cosine"
 
 
 def tokens_per_step(length: int, num_iter: int, schedule: str | Schedule = "cosine") -> list[int]:
-    """How many of `length` tokens each of `num_iter` steps predicts: at least 1, in all `length`.
-
-    Arguments and errors as for `masked_after`.
-    """
+    """Count the tokens that each step predicts, at least 1; arguments as for `masked_after`."""
     masked = [length, *masked_after(length, num_iter, schedule)]
     return [before - after for before, after in pairwise(masked)]

@@ -6,10 +6,7 @@ from torch import Tensor
 
 
 def grid_side(img_size: int, vae_stride: int, patch_size: int) -> int:
-    """Tokens along one side of a square image.
-
-    Raises ValueError if the image cannot be cut into whole tokens.
-    """
+    """Count the tokens along a side of a square image; raise ValueError if they are not whole."""
     cell = vae_stride * patch_size
     if img_size < cell or img_size % cell:
         raise ValueError(
@@ -22,10 +19,7 @@ def grid_side(img_size: int, vae_stride: int, patch_size: int) -> int:
 def patchify(latents: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor, "B L D"]:
     """Cut each image into square patches and lay each patch out as one token.
 
-    latents  (B, C, H, W) float, any range
-    returns  (B, L, D) with L = H/p * W/p in raster order and D = C * p * p; inside a token the
-             order is channel, row, column
-
+    Tokens are in raster order; inside a token the order is channel, row, column, D = C * p * p.
     Raises ValueError if `patch_size` does not divide H and W.
     """
     height, width = latents.shape[-2:]
@@ -42,27 +36,16 @@ def unpatchify(
 ) -> Float[Tensor, "B C H W"]:
     """Put tokens back into their places: the inverse of `patchify`.
 
-    tokens   (B, L, D) float
-    grid     (rows, columns) of tokens; a square by default
-    returns  (B, D / p^2, rows * p, columns * p)
-
-    Raises ValueError if L is not rows * columns or D is not a multiple of p^2.
+    grid  (rows, columns) of tokens, a square by default; ValueError if they do not fill it
     """
     length, dim = tokens.shape[1:]
-    side = round(length**0.5)
+    side, p = round(length**0.5), patch_size
     rows, columns = grid or (side, side)
     if rows * columns != length:
-        raise ValueError(
-            f"{length} tokens do not fill a {rows}x{columns} grid; pass grid=(rows, columns)"
-        )
-    if dim % patch_size**2:
-        raise ValueError(
-            f"token width {dim} is not a multiple of patch_size^2 = {patch_size**2}; "
-            "use the patch size that made the tokens"
-        )
-    return rearrange(
-        tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, w=columns, p=patch_size, q=patch_size
-    )
+        raise ValueError(f"{length} tokens do not fill a {rows}x{columns} grid; pass their grid")
+    if dim % p**2:
+        raise ValueError(f"token width {dim} is no multiple of {p}^2; use the tokens' patch size")
+    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, w=columns, p=p, q=p)
 
 
 def take(x: Float[Tensor, "A L D"], positions: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:

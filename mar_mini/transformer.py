@@ -1,6 +1,5 @@
 """Attention, MLP and block of the transformer (Vaswani et al. 2017, pre-norm as in ViT)."""
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -11,92 +10,42 @@ from mar_mini.tokens import take
 LAYER_NORM_EPS = 1e-6
 
 
-def drop(x: Tensor, p: float) -> Tensor:
-    """Set a share p of the values to zero and scale up the rest (Srivastava et al. 2014).
+def attend(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout | None = None) -> Tensor:
+    """Compute softmax(q k^T / sqrt(d)) v for each head, with dropout of the attention weights.
 
-    x        any shape, float
-    returns  the same shape; p is rounded to a multiple of 1/65536
-
-    On a CPU the library draws one random number for each value, one after the other, which takes
-    a third of a training step. Here one number of 64 bits decides on four values.
-    """
-    dropped = round(p * 2**16)  # of 65536 equal cases
-    if x.device.type != "cpu" or not 0 < dropped < 2**16:
-        return F.dropout(x, p)
-    cases = (compiled_cases if torch.compiler.is_compiling() else random_cases)(x)
-    keep = (cases >= dropped - 2**15).view(torch.uint8).to(x.dtype)  # faster than from bool
-    return x * keep.mul_(2**16 / (2**16 - dropped))
-
-
-def random_cases(like: Tensor) -> Int[Tensor, "*B"]:
-    """Random int16 of that shape, all 65536 cases equally likely; torch's generator is the seed."""
-    seed = int(torch.randint(2**62, ()))
-    bits = np.random.SFC64(seed).random_raw(-(-like.numel() // 4))  # 64 of them each
-    return torch.from_numpy(bits.view(np.int16))[: like.numel()].view(like.shape)
-
-
-# `torch.compile` cannot look into it, and must not draw anew in the backward pass
-compiled_cases = torch.library.custom_op(
-    "mar_mini::random_cases",
-    lambda like: random_cases(like),
-    mutates_args=(),
-    schema="(Tensor like) -> Tensor",
-    tags=[torch.Tag.nondeterministic_seeded],
-)
-compiled_cases.register_fake(lambda like: torch.empty(like.shape, dtype=torch.int16))
-
-
-class Dropout(nn.Dropout):
-    """Dropout by `drop` in training, nothing else."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return drop(x, self.p) if self.training else x
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for each head, by the library's fused kernel.
-
-    q        (B, H, K, d) float
-    k, v     (B, H, N, d) float
-    returns  (B, H, K, d)
-
-    While training on a CPU the product is written out: there the fused kernel's backward pass is
-    several times slower than the three operations it fuses.
+    q (B, H, K, d) asks, k and v (B, H, N, d) answer. While training on a CPU the product is written
+    out: there the fused kernel's backward pass is several times slower than what it fuses.
     """
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
         weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)  # (B, H, K, N)
-        return drop(weights, dropout) @ v  # (B, H, K, d)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # (B, H, K, d)
+        return (weights if dropout is None else dropout(weights)) @ v  # (B, H, K, d)
+    p = dropout.p if dropout is not None and dropout.training else 0.0
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=p)  # (B, H, K, d)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention with one matrix for queries, keys and values."""
 
-    def __init__(
-        self, dim: int, num_heads: int, attn_dropout: float = 0.0, proj_dropout: float = 0.0
-    ):
+    def __init__(self, dim: int, num_heads: int, attn_dropout=0.0, proj_dropout=0.0):
         super().__init__()
         if dim % num_heads:
-            raise ValueError(
-                f"width {dim} is not a multiple of {num_heads} heads; change one of the two"
-            )
+            raise ValueError(f"width {dim} is not a multiple of {num_heads} heads; change one")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.attn_drop = Dropout(attn_dropout)
+        self.attn_drop = nn.Dropout(attn_dropout)
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = Dropout(proj_dropout)
+        self.proj_drop = nn.Dropout(proj_dropout)
 
     def forward(
         self, x: Float[Tensor, "B N D"], rows: Int[Tensor, "B K"] | None = None
     ) -> Float[Tensor, "B K D"]:
-        """All rows of the result, or the given ones only: those ask, all others still answer."""
+        """Compute all rows, or the given ones only: those ask, all others still answer."""
         q, k, v = self.project(x, rows)  # (B, H, K, d), 2 x (B, H, N, d)
-        dropout = self.attn_drop.p if self.training else 0.0
-        x = attend(q, k, v, dropout).transpose(1, 2).flatten(2)  # (B, K, D)
+        x = attend(q, k, v, self.attn_drop).transpose(1, 2).flatten(2)  # (B, K, D)
         return self.proj_drop(self.proj(x))  # (B, K, D)
 
     def project(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
-        """Queries of the given rows (of all if None), keys and values of all, each by heads."""
+        """Give queries of the given rows (of all if None), keys and values of all, by heads."""
         if rows is None:
             return self.heads(self.qkv(x), 3)  # 3 x (B, H, N, d)
         width = x.shape[-1]
@@ -106,7 +55,7 @@ class Attention(nn.Module):
         return *q, *self.heads(F.linear(x, kv_weight, kv_bias), 2)  # 2 x (B, H, N, d)
 
     def heads(self, x: Float[Tensor, "B N D"], parts: int) -> tuple[Tensor, ...]:
-        """The last axis cut into parts, each into heads: parts x (B, H, N, d)."""
+        """Cut the last axis into parts, each of them into heads: parts x (B, H, N, d)."""
         return x.unflatten(-1, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
@@ -117,9 +66,9 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.act = nn.GELU()
-        self.drop1 = Dropout(dropout)
+        self.drop1 = nn.Dropout(dropout)
         self.fc2 = nn.Linear(hidden_dim, dim)
-        self.drop2 = Dropout(dropout)
+        self.drop2 = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         x = self.drop1(self.act(self.fc1(x)))  # (B, N, hidden_dim)
@@ -129,14 +78,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP, each on a normalised copy and added to the residual stream."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        attn_dropout: float = 0.0,
-        proj_dropout: float = 0.0,
-    ):
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, attn_dropout=0.0, proj_dropout=0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = Attention(dim, num_heads, attn_dropout, proj_dropout)
@@ -146,7 +88,7 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "B N D"], rows: Int[Tensor, "B K"] | None = None
     ) -> Float[Tensor, "B K D"]:
-        """The whole result, or those rows of it alone: of a last block few may be needed."""
+        """Compute all rows, or the given ones only: of a last block few may be needed."""
         h = self.attn(self.norm1(x), rows)  # (B, K, D)
         x = h + (x if rows is None else take(x, rows))  # (B, K, D)
         return x + self.mlp(self.norm2(x))  # (B, K, D)

@@ -2,7 +2,7 @@
 
     python recipes/compare.py --minutes 4 --out build/tokens
 
-Trains `cifar10`, `cifar10_latents` and `cifar10_pixels` one after the other by recipes/train.py
+Trains `cifar10`, `cifar10_latents` and `cifar10_pixels` one after the other by `mar-mini train`
 (one autoencoder for the first two), judges 1,000 samples of each, and writes
 benchmarks/results/tokens.json. What is finished is not trained or judged again.
 """
@@ -18,12 +18,11 @@ import torch
 
 from mar_mini import load_pretrained
 from mar_mini.data import data_dir
-from mar_mini.evaluation import Reference
 from mar_mini.files import write_atomically
 from mar_mini.judge.features import features_of, load_features
+from mar_mini.judge.statistics import Reference
 
-HERE = Path(__file__).resolve().parent
-RESULT = HERE.parent / "benchmarks" / "results" / "tokens.json"
+RESULT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "tokens.json"
 SETTINGS = {"cfg": 2.0, "cfg_schedule": "linear", "temperature": 1.0}
 PRESETS = ("cifar10", "cifar10_latents", "cifar10_pixels")
 
@@ -44,14 +43,16 @@ def main() -> None:
             subprocess.run(
                 [
                     sys.executable,
-                    str(HERE / "train.py"),
+                    "-m",
+                    "mar_mini",
+                    "train",
                     "--config",
                     name,
                     "--data",
                     "cifar10",
                     "--out",
                     str(out),
-                    "--minutes",
+                    "--max-minutes",
                     str(arguments.minutes),
                 ],
                 check=True,

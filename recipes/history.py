@@ -1,4 +1,4 @@
-"""How samples got better: the Fréchet distance at the moments that recipes/train.py kept.
+"""How samples got better: the Fréchet distance at the moments that `mar-mini train` kept.
 
     python recipes/history.py build/cifar10
     python recipes/history.py build/imagenette64 --reference build/imagenette64.safetensors
@@ -21,9 +21,9 @@ from tqdm import tqdm
 from mar_mini import load_pretrained
 from mar_mini.checkpoints import load_weights
 from mar_mini.data import data_dir
-from mar_mini.evaluation import Reference
 from mar_mini.files import write_atomically
 from mar_mini.judge.features import features_of, load_features
+from mar_mini.judge.statistics import Reference
 from mar_mini.viz.figures import curves, save_figure
 
 STEPS = 25  # of diffusion
@@ -31,7 +31,7 @@ STEPS = 25  # of diffusion
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="folder that recipes/train.py wrote")
+    parser.add_argument("out", type=Path, help="folder that `mar-mini train` wrote")
     parser.add_argument(
         "--reference", type=Path, default=data_dir() / "reference" / "cifar10.safetensors"
     )

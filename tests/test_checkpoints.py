@@ -133,6 +133,19 @@ def test_the_card_is_for_people(saved):
     assert card["card"] == {"steps": 123, "data": "made up"}
 
 
+@pytest.mark.parametrize("part", ["mar", "vae", "no vae"])
+def test_a_preset_of_other_models_is_refused_before_anything_is_written(tmp_path, part):
+    wrong = {
+        "mar": {"mar": replace(LATENTS, diffloss_w=48)},
+        "vae": {"vae": replace(VAE, ch=16)},
+        "no vae": {"vae": None},
+    }
+    kind = "MAR" if part == "mar" else "AutoencoderKL"
+    with pytest.raises(ValueError, match=f"'tiny_latents' does not describe this {kind}; pass the"):
+        make("latents").save(tmp_path / "out", replace(CONFIGS["latents"], **wrong[part]))
+    assert not (tmp_path / "out").exists()
+
+
 # Pictures ----------------------------------------------------------------------------------------
 
 
@@ -145,7 +158,7 @@ def test_frames_know_their_pictures(kind):
         images = frame.images()
         assert images.shape == (3, channels, 16, 16) and images.dtype == torch.float32
         assert images.min() >= 0 and images.max() <= 1
-        assert torch.equal(images, pipeline.to_images(frame.tokens))
+        assert torch.equal(images, pipeline.decode(frame.tokens))
     assert not torch.equal(frames[0].images(), frames[-1].images())
     final = pipeline.generate([1, 2, 3], generator=generator())
     assert torch.equal(final, frames[-1].images())
@@ -176,11 +189,11 @@ def test_defaults_are_used_and_can_be_overridden(monkeypatch, name):
 def test_pixels_to_tokens_and_back(latent_scale):
     pipeline = replace(make("pixels"), latent_scale=latent_scale)
     images = torch.rand(5, 1, 16, 16)
-    tokens = pipeline.to_tokens(images)
+    tokens = pipeline.encode(images)
     assert tokens.shape == (5, 16, 16)
     assert torch.allclose(tokens, pipeline.mar.patchify((2 * images - 1) * latent_scale))
-    torch.testing.assert_close(pipeline.to_images(tokens), images, rtol=0, atol=1e-6)
-    back = pipeline.to_tokens(pipeline.to_images(tokens))
+    torch.testing.assert_close(pipeline.decode(tokens), images, rtol=0, atol=1e-6)
+    back = pipeline.encode(pipeline.decode(tokens))
     torch.testing.assert_close(back, tokens, rtol=0, atol=1e-5)
 
 
@@ -190,14 +203,14 @@ def test_latents_are_scaled_means():
     with torch.no_grad():
         mean = pipeline.vae.encode(2 * images - 1).mean
         decoded = pipeline.vae.decode(mean)
-    tokens = pipeline.to_tokens(images)
+    tokens = pipeline.encode(images)
     torch.testing.assert_close(pipeline.mar.unpatchify(tokens), 0.7 * mean)
-    torch.testing.assert_close(pipeline.to_images(tokens), ((decoded + 1) / 2).clamp(0, 1))
+    torch.testing.assert_close(pipeline.decode(tokens), ((decoded + 1) / 2).clamp(0, 1))
 
 
 def test_pictures_are_cut_off_outside_of_their_range():
     pipeline = make("pixels")
-    images = pipeline.to_images(torch.tensor([-3.0, 3.0]).repeat(1, 16, 8))
+    images = pipeline.decode(torch.tensor([-3.0, 3.0]).repeat(1, 16, 8))
     assert set(images.flatten().tolist()) == {0.0, 1.0}
 
 
@@ -214,6 +227,7 @@ def bundled(tmp_path, monkeypatch):
 
 
 def test_by_name(bundled):
+    assert Pipeline.load(bundled / "weights" / "faces").card == load_pretrained("faces").card
     assert load_pretrained("faces").card == {"steps": 123, "data": "made up"}
 
 
@@ -227,6 +241,11 @@ def test_a_folder_without_a_card(bundled, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no trained model .*/empty'.*folder with config.json"):
         load_pretrained(tmp_path / "empty")
+
+
+def test_a_folder_that_is_loaded_without_a_look(tmp_path):
+    with pytest.raises(ValueError, match=r"config.json is damaged \(.*No such file.*; restore it"):
+        Pipeline.load(tmp_path)
 
 
 # Damage ------------------------------------------------------------------------------------------
@@ -276,7 +295,7 @@ def test_a_card_without_an_entry(saved, key):
 
 def test_a_card_with_a_setting_that_does_not_exist(saved):
     edit_card(saved, lambda card: card["mar"].update(depht=3))
-    with pytest.raises(ValueError, match=r"config\.json is damaged.*setting 'depht' for MAR"):
+    with pytest.raises(ValueError, match=r"config\.json is damaged.* argument 'depht'"):
         load_pretrained(saved)
 
 

@@ -14,10 +14,15 @@ from urllib.parse import unquote
 import pytest
 
 import mar_mini
-from mar_mini.configs import PRESETS
+from mar_mini.configs import PRESETS, MARConfig, VAEConfig
+from mar_mini.fast import Reuse
 
 REPO = Path(__file__).resolve().parent.parent
 OUTSIDE = re.compile(r"[a-z]+:", re.IGNORECASE)  # https:, mailto:, attachment:
+SETTINGS = {  # what the two models are built from
+    mar_mini.MAR: MARConfig.__dataclass_fields__,
+    mar_mini.AutoencoderKL: VAEConfig.__dataclass_fields__,
+}
 COMMANDS = ("mar-mini ", "make ", "python ")
 
 
@@ -147,7 +152,8 @@ def resolve(name: str) -> object:
 
 
 def importable(module: str) -> bool:
-    return (REPO / Path(*module.split("."))).with_suffix(".py").exists()
+    path = REPO / Path(*module.split("."))
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
 def unknown_code(span: str) -> str | None:
@@ -169,7 +175,7 @@ def unknown_code(span: str) -> str | None:
     if key is not None:
         return None if key in found else f"{span}: {name} has no {key}"
     if arguments:
-        known = inspect.signature(found).parameters
+        known = {*inspect.signature(found).parameters, *SETTINGS.get(found, {})}
         missing = [a for a in re.split(r", *", arguments) if a not in known]
         return f"{span}: {name} takes no {', '.join(missing)}" if missing else None
     return None
@@ -183,7 +189,7 @@ def test_code_named_in_documents_exists(document):
     assert not [fault for fault in map(unknown_code, spans) if fault]
 
 
-@pytest.mark.parametrize("document", ["faq.md", "teaching.md", "beyond.md"])
+@pytest.mark.parametrize("document", ["architecture.md", "faq.md", "teaching.md", "beyond.md"])
 def test_code_that_looks_like_ours_exists(document):
     """In running text code is anything; of it, what is a file or begins with a module of ours."""
     text = re.sub(r"^```.*?^```", "", (REPO / "docs" / document).read_text(), flags=re.M | re.S)
@@ -224,15 +230,16 @@ def test_ideas_after_mar_are_quoted_as_measured():
     digits = json.loads((results / "quality.json").read_text())["rows"]
     seen = set()
     for here, measured in rows_of_ideas():
-        argument = re.search(r"`(\w+)=", here)
-        if argument is None:
+        argument = re.findall(r"(?:`|\()(\w+)=", here)[-1:]
+        if not argument:
             assert not re.search(r"\d", measured), here
             continue
-        assert argument[1] in inspect.signature(mar_mini.sampling.sample).parameters
+        known = {*inspect.signature(mar_mini.sampling.sample).parameters, *vars(Reuse())}
+        assert argument[0] in known
         if measured.startswith("not measured"):
             continue
-        seen.add(argument[1])
-        in_cifar10, in_digits = MEASURED[argument[1]]
+        seen.add(argument[0])
+        in_cifar10, in_digits = MEASURED[argument[0]]
         row = cifar10[in_cifar10]
         times = cifar10["default"]["seconds"] / row["seconds"]
         expected = f": {row['distance']:.0f}, {times:.1f}x"
@@ -311,7 +318,7 @@ def test_code_that_does_not_exist_is_found(span):
         "tests/test_docs.py",
         "mar_mini/mar.py",
         'masking.ORDERS["spiral"]',
-        "evaluation.Reference.cov",
+        "judge.statistics.Reference.cov",
     ],
 )
 def test_code_that_exists_is_known(span):

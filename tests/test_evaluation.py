@@ -9,18 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mar_mini.evaluation import (
-    Reference,
     bootstrap,
     class_accuracy,
     floor,
     frechet_distance,
-    judge,
     kernel_distance,
     linear_discriminant,
     nearest,
     precision_recall,
     psnr,
 )
+from mar_mini.judge.statistics import Reference, judge
 
 
 def cloud(n: int, d: int = 6, shift: float = 0.0, scale: float = 1.0, seed: int = 0):
@@ -146,16 +145,8 @@ def labelled(n: int, seed: int = 0, shift: float = 0.0) -> tuple[torch.Tensor, t
 def reference() -> Reference:
     train, labels = labelled(4000)
     test, test_labels = labelled(1000, seed=1)
-    return Reference(
-        "numbers",
-        train.double().mean(0),
-        torch.cov(train.double().T),
-        train[:1000],
-        test,
-        labels[:1000],
-        test_labels,
-        4000,
-    )
+    some = {"train": train[:1000], "train_labels": labels[:1000]}
+    return Reference.of(train, "numbers", test=test, test_labels=test_labels, **some)
 
 
 def test_frechet_distance_of_the_library():
@@ -211,7 +202,7 @@ def test_the_discriminant_weighs_by_the_spread_within():
 def test_a_reference_comes_back_from_its_file(reference, tmp_path):
     reference.save(tmp_path / "r.safetensors")
     again = Reference.load(tmp_path / "r.safetensors")
-    assert again.features_name == "numbers" and again.train_count == 4000
+    assert again.features == "numbers" and again.count == 4000
     assert torch.equal(again.cov, reference.cov)
     x = cloud(100, 10, seed=4)
     assert again.distance(x) == reference.distance(x)

@@ -90,7 +90,7 @@ def test_head(head):
     noise_c, noise_u = output[:6, :16], output[6:, :16]
     guided = torch.cat([noise_u + 2.5 * (noise_c - noise_u)] * 2)
     check("head/forward_cfg2.5", torch.cat([guided, output[:, 16:]], dim=1))
-    check("head/loss", head.rows(rnd(14, 12, 16), z, t=t, noise=x)["loss"])
+    check("head/loss", head.token_terms(rnd(14, 12, 16), z, t=t, noise=x)["loss"])
     SEEN.add("head/forward_t")
 
 
@@ -176,9 +176,8 @@ def test_gradients(named_mar):
     rows = 4 * 3 * model.seq_len
     t = torch.from_numpy(np.random.RandomState(60).randint(0, 1000, rows))
     model.zero_grad()
-    loss = model(
-        rnd(41, 3, 4, 8, 8), LABELS, mask=mask, t=t, noise=rnd(61, rows, model.token_embed_dim)
-    )
+    drawn = model.draw(3, mask=mask, t=t, noise=rnd(61, rows, model.token_embed_dim))
+    loss = model(rnd(41, 3, 4, 8, 8), LABELS, drawn)
     check(f"{name}/loss", loss)
     loss.backward()
     names = {key.split("/", 2)[2] for key in KEYS if key.startswith(f"{name}/grad_norm/")}

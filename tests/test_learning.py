@@ -12,26 +12,23 @@ import pytest
 import torch
 
 from mar_mini import data, evaluation, get_config
+from mar_mini.run.images import ImageSet, open_images
 from mar_mini.run.state import Interrupted
-from mar_mini.run.train import train_pipeline
+from mar_mini.run.train import TrainingRun
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def digits():
-    dataset = data.load_images("digits", "train")
-    images, labels = data.to_tensors(dataset)
-    images = data.normalise(images)
+    images = open_images("digits", "train")
+    pixels = data.denormalise(data.normalise(images.images))
     config = get_config("digits")
     training = dataclasses.replace(config.training, max_steps=1500, max_seconds=None)
     config = dataclasses.replace(config, training=training)
-    steps = train_pipeline(config, images, labels, data.class_names(dataset))
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value, evaluation.class_means(data.denormalise(images), labels)
+    run = TrainingRun(config, images)
+    assert [progress.step.step for progress in run] == list(range(1, 1501))
+    return run.pipeline, evaluation.class_means(pixels, images.labels)
 
 
 def sample(pipeline, **arguments):
@@ -84,46 +81,16 @@ def test_the_judge_can_fail(digits):
 
 def test_another_budget_is_another_run():
     config = get_config("digits")
-    images, labels = data.to_tensors(data.load_images("digits", "train"))
     short = dataclasses.replace(config.training, max_steps=3, max_seconds=None)
     config = dataclasses.replace(config, training=short)
-    names = [str(i) for i in range(10)]
-    steps = [step for _, step, _ in train_pipeline(config, data.normalise(images), labels, names)]
+    steps = [step for _, step, _ in TrainingRun(config, open_images("digits", "train"))]
     assert [step.step for step in steps] == [1, 2, 3]
     assert steps[-1].progress == 1.0
 
 
-def test_a_preset_with_an_autoencoder_measures_its_latents():
-    config = get_config("cifar10")
-    few = {"max_steps": 4, "max_seconds": None, "batch_size": 16}
-    config = dataclasses.replace(
-        config,
-        training=dataclasses.replace(config.training, **few),
-        vae_training=dataclasses.replace(config.vae_training, **few),
-    )
-    dataset = data.load_images("cifar10_mini", "test").select(range(40))
-    images, labels = data.to_tensors(dataset)
-    stages, steps = (
-        [],
-        train_pipeline(config, data.normalise(images), labels, data.class_names(dataset)),
-    )
-    while True:
-        try:
-            stages.append(next(steps)[0])
-        except StopIteration as end:
-            pipeline = end.value
-            break
-    assert stages == ["autoencoder"] * 4 + ["masked autoregressive model"] * 4
-    tokens = pipeline.to_tokens(data.denormalise(data.normalise(images)))
-    assert tokens.shape == (40, 16, 64)
-    assert float(tokens.std()) == pytest.approx(1.0, rel=1e-3)
-    assert float(tokens.abs().max()) == pytest.approx(pipeline.clip, rel=1e-3)
-    made = pipeline.generate([0, 9], num_iter=2, num_sampling_steps=2)
-    assert made.shape == (2, 3, 32, 32) and 0 <= made.min() and made.max() <= 1
-
-
-def test_a_pipeline_in_two_stages_goes_on_after_a_stop(tmp_path):
-    """Stopped in either stage and begun again: the same weights as in one go."""
+@pytest.fixture
+def two_stages():
+    """A preset with an autoencoder, four steps for each, and forty images."""
     config = get_config("cifar10")
     few = {"max_steps": 4, "max_seconds": None, "batch_size": 16, "precision": "float32"}
     config = dataclasses.replace(
@@ -131,26 +98,39 @@ def test_a_pipeline_in_two_stages_goes_on_after_a_stop(tmp_path):
         training=dataclasses.replace(config.training, **few),
         vae_training=dataclasses.replace(config.vae_training, **few),
     )
-    dataset = data.load_images("cifar10_mini", "test").select(range(40))
-    images, labels = data.to_tensors(dataset)
+    images = open_images("cifar10_mini", "test")
+    return config, ImageSet(images.images[:40], images.labels[:40], images.classes)
 
-    def run(folder, stops):
+
+def test_a_preset_with_an_autoencoder_measures_its_latents(two_stages):
+    run = TrainingRun(*two_stages)
+    stages = [progress.stage for progress in run]
+    pipeline, images = run.pipeline, two_stages[1].images
+    assert stages == ["autoencoder"] * 4 + ["masked autoregressive model"] * 4
+    tokens = pipeline.encode(data.denormalise(data.normalise(images)))
+    assert tokens.shape == (40, 16, 64)
+    assert float(tokens.std()) == pytest.approx(1.0, rel=1e-3)
+    assert float(tokens.abs().max()) == pytest.approx(pipeline.clip, rel=1e-3)
+    made = pipeline.generate([0, 9], num_iter=2, num_sampling_steps=2)
+    assert made.shape == (2, 3, 32, 32) and 0 <= made.min() and made.max() <= 1
+
+
+def test_a_pipeline_in_two_stages_goes_on_after_a_stop(two_stages, tmp_path):
+    """Stopped in either stage and begun again: the same weights as in one go."""
+
+    def train(folder, stops):
         """Until the next of the stops, a number of steps after which Ctrl-C comes."""
-        steps = train_pipeline(
-            config, data.normalise(images), labels, data.class_names(dataset), folder=folder
-        )
+        run = TrainingRun(*two_stages, folder=folder)
         try:
-            for count in range(1, 100):
-                next(steps)
+            for count, _ in enumerate(run, 1):
                 if stops and count == stops[0]:
                     stops.pop(0)
                     os.kill(os.getpid(), signal.SIGINT)
         except Interrupted:
-            return run(folder, stops)
-        except StopIteration as end:
-            return end.value
+            return train(folder, stops)
+        return run.pipeline
 
-    whole, parts = run(tmp_path / "whole", []), run(tmp_path / "parts", [2, 3])
+    whole, parts = train(tmp_path / "whole", []), train(tmp_path / "parts", [2, 3])
     for name in ("vae", "mar"):
         a, b = (getattr(x, name).state_dict() for x in (whole, parts))
         assert all(torch.equal(a[key], b[key]) for key in a), name

@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from mar_mini import data, load_pretrained
-from mar_mini.evaluation import Reference, psnr
+from mar_mini.evaluation import psnr
 from mar_mini.judge.features import features_of, load_features
+from mar_mini.judge.statistics import Reference
 from mar_mini.viz.figures import image_grid, png
 
 FOLDER = data.data_dir() / "weights" / "cifar10"
@@ -56,7 +57,7 @@ def test_the_card_lets_anyone_repeat_the_training(pipeline):
 def test_the_autoencoder_is_no_ceiling(pipeline):
     images = data.to_tensors(data.load_images("cifar10_mini", "test"))[0]
     images = data.denormalise(data.normalise(images))
-    again = pipeline.to_images(pipeline.to_tokens(images))
+    again = pipeline.decode(pipeline.encode(images))
     assert float(psnr(again, images).mean()) >= 32.0
 
 

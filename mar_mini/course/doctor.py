@@ -1,6 +1,5 @@
 """What this machine has and which files are whole, before one wonders about anything else."""
 
-import json
 import os
 import platform
 import shutil
@@ -10,15 +9,21 @@ from pathlib import Path
 
 import torch
 
-from mar_mini.checkpoints import load_pretrained
+from mar_mini import load_pretrained
+from mar_mini.course.chapters import cores
 from mar_mini.course.symptoms import stored_evidence
 from mar_mini.data import data_dir, load_images
-from mar_mini.evaluation import Reference
 from mar_mini.fast.compiling import COMPILERS
-from mar_mini.run.sources import FETCHERS, cache_dir, is_arrays
-from mar_mini.training import multiplies_bf16
+from mar_mini.judge.statistics import Reference
+from mar_mini.run.images import FETCHERS, cache_dir, is_arrays
 
 PACKAGES = ("torch", "numpy", "datasets", "jupyterlab", "matplotlib", "ipywidgets", "safetensors")
+BUNDLED = {  # a pattern of files in data/, and what reading one finds
+    "*/*.parquet": lambda path: f"{len(load_images(path))} images",
+    "reference/*.safetensors": lambda path: f"{len(Reference.load(path).train):,} features",
+    "symptoms/evidence.json": lambda path: f"{len(stored_evidence())} trainings",
+    "weights/*/config.json": lambda path: f"{parameters(path):,} parameters",
+}
 
 
 def findings() -> Iterator[tuple[bool, str]]:
@@ -29,19 +34,12 @@ def findings() -> Iterator[tuple[bool, str]]:
             yield True, f"{name} {version(name)}"
         except PackageNotFoundError:
             yield False, f"{name} is not installed; run: pip install -e ."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield True, f"{cores} cores, torch uses {torch.get_num_threads()} threads"
-    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.7 * cores:
-        yield (
-            False,
-            (
-                f"other processes keep {os.getloadavg()[0]:.1f} cores busy; training is several "
-                "times slower beside them (docs/faq.md)"
-            ),
-        )
-    cpu = torch.device("cpu")
-    fast = "has units for them" if multiplies_bf16(cpu) else "no units for them: float32 is used"
-    yield True, f"bfloat16 products on this CPU: {fast}"
+    yield True, f"{cores()} cores, torch uses {torch.get_num_threads()} threads"
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 0.7 * cores():
+        others = f"other processes keep {load:.1f} cores busy; training is several times slower"
+        yield False, f"{others} beside them (docs/faq.md)"
+    yield True, f"bfloat16 products on this CPU: {bf16_units()}"
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         yield True, f"GPU {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
@@ -49,18 +47,22 @@ def findings() -> Iterator[tuple[bool, str]]:
         yield True, "no CUDA GPU; nothing in the course needs one"
     found = next((name for name in COMPILERS if shutil.which(name)), None)
     yield True, f"C++ compiler {found}" if found else "no C++ compiler: --compile is not available"
-    yield from space(cache_dir())
+    folder = next(path for path in (cache_dir(), *cache_dir().parents) if path.exists())
+    free = shutil.disk_usage(folder).free / 2**30
+    yield free > 2, f"{free:.1f} GiB free in {folder}" + ("" if free > 2 else "; 2 are needed")
     yield from bundled()
     for name in FETCHERS:
         there = is_arrays(cache_dir() / name / "train")
         yield True, f"{name}: " + ("fetched" if there else f"not fetched (mar-mini data {name})")
 
 
-def space(folder: Path) -> Iterator[tuple[bool, str]]:
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free / 2**30
-    yield free > 2, f"{free:.1f} GiB free in {folder}" + ("" if free > 2 else "; 2 are needed")
+def bf16_units() -> str:
+    """What the CPU multiplies bfloat16 with, and whether precision "auto" uses it."""
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX, units of their own"
+    if torch.cpu._is_avx512_bf16_supported():
+        return "avx512_bf16, no AMX: float32 is used unless you ask for bf16"
+    return "neither AMX nor avx512_bf16: float32 is used"
 
 
 def bundled() -> Iterator[tuple[bool, str]]:
@@ -70,28 +72,17 @@ def bundled() -> Iterator[tuple[bool, str]]:
     except ValueError as error:
         yield False, str(error)
         return
-    for path in sorted(root.glob("*/*.parquet")):
-        try:
-            yield True, f"{path.relative_to(root)}: whole, {len(load_images(path))} images"
-        except ValueError as error:
-            yield False, str(error)
-    for path in sorted(root.glob("reference/*.safetensors")):
-        try:
-            reference = Reference.load(path)
-            yield True, f"{path.relative_to(root)}: whole, {len(reference.train):,} features"
-        except ValueError as error:
-            yield False, str(error)
-    try:
-        yield True, f"symptoms/evidence.json: whole, {len(stored_evidence())} trainings"
-    except ValueError as error:
-        yield False, str(error)
-    for path in sorted(root.glob("weights/*/config.json")):
-        try:
-            pipeline = load_pretrained(path.parent)
-            count = sum(p.numel() for p in pipeline.mar.parameters())
-            yield True, f"weights {path.parent.name}: whole, {count:,} parameters"
-        except (ValueError, json.JSONDecodeError) as error:
-            yield False, str(error)
+    for pattern, what in BUNDLED.items():
+        for path in sorted(root.glob(pattern)) or [root / pattern]:
+            try:
+                yield True, f"{path.relative_to(root)}: whole, {what(path)}"
+            except ValueError as error:
+                yield False, str(error)
+
+
+def parameters(card: Path) -> int:
+    """Of the MAR beside that card, which is loaded."""
+    return sum(p.numel() for p in load_pretrained(card.parent).mar.parameters())
 
 
 # The command -------------------------------------------------------------------------------------
@@ -99,8 +90,8 @@ def bundled() -> Iterator[tuple[bool, str]]:
 
 def doctor() -> int:
     """Say what this machine has and which bundled files are whole."""
-    good = True
+    found = []
     for fine, line in findings():
         print("  ok  " if fine else "  !!  ", line)
-        good = good and fine
-    return 0 if good else 1
+        found.append(fine)
+    return 0 if all(found) else 1

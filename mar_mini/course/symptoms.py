@@ -8,7 +8,7 @@ wrong. `diagnose` names the cause.
 import json
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from mar_mini import data, evaluation
-from mar_mini.configs import TrainingConfig
+from mar_mini.configs import TrainingConfig, get_config
+from mar_mini.diffloss import DiffLoss
 from mar_mini.diffusion import Diffusion
 from mar_mini.mar import MAR
 from mar_mini.sampling import evaluating, generate
@@ -32,44 +33,30 @@ STATES: dict[str, dict] = {
     "no positions": {"positions": False},
     "wide tokens": {"patch_size": 8},
 }
-CFG, STEPS = 3.0, 20  # guidance weight and diffusion steps of the samples
+CFG = 3.0  # guidance weight of the samples
+SIZE = replace(  # an even smaller model than `digits`
+    get_config("digits").mar, decoder_depth=1, mlp_ratio=2.0, diffloss_d=2, num_sampling_steps=20
+)
+TRAINING = TrainingConfig(batch_size=128, learning_rate=4e-3, precision="float32")
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What can be measured on any training, whatever may be wrong with it.
+    """What can be measured on any training, whatever may be wrong with it."""
 
-    tokens, token_width  of an image, and the values of each
-    latent_std           standard deviation of what the model is fed
-    loss                 of the trained weights on training images, as training computes it
-    loss_hidden          the same masks and noise, but z as in sampling: hidden tokens are blanked
-    loss_average         as `loss`, of the averaged weights
-    average_distance     of the averaged weights from the trained ones, as a share of their norm
-    z_by_place           how much z differs from place to place while nothing is known, as a share
-                         of its size; 0 for a single token
-    largest_x0           largest |x0| in the sampler's first step, as a multiple of the largest
-                         value in the training set
-    outside              share of sampled values that are not finite, or beyond 1.05 times the
-                         largest value in the training set
-    sample_std           standard deviation of the samples, as a multiple of the training set's
-    recognised           share of samples (of the averaged weights) that are taken for the class
-                         that was asked for
-    recognised_trained   the same of the trained weights' samples
-    """
-
-    tokens: int
-    token_width: int
-    latent_std: float
-    loss: float
-    loss_hidden: float
-    loss_average: float
-    average_distance: float
-    z_by_place: float
-    largest_x0: float
-    outside: float
-    sample_std: float
-    recognised: float
-    recognised_trained: float
+    tokens: int  # of an image
+    token_width: int  # values of a token
+    latent_std: float  # of what the model is fed
+    loss: float  # of the trained weights on training images, as training computes it
+    loss_hidden: float  # same masks and noise, z as in sampling: hidden tokens are blanked
+    loss_average: float  # as `loss`, of the averaged weights
+    average_distance: float  # of the averaged weights from the trained, as a share of their norm
+    z_by_place: float  # how z differs between places while nothing is known, as a share of its size
+    largest_x0: float  # |x0| in the sampler's first step / the largest training value
+    outside: float  # share of sampled values not finite or above 1.05 times that value
+    sample_std: float  # of the samples / of the training set
+    recognised: float  # share of samples (averaged weights) taken for the class asked for
+    recognised_trained: float  # the same of the trained weights' samples
 
 
 @dataclass(frozen=True)
@@ -161,50 +148,6 @@ def symptoms(
 
     Raises ValueError for values that mean nothing, or latents and labels that do not fit.
     """
-    check(latents, clip, ema_window, latent_scale)
-    scaled = latents * latent_scale
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # for the initial weights
-        model = (Leaking if leak else MAR)(
-            img_size=latents.shape[-1],
-            vae_stride=1,
-            patch_size=patch_size,
-            vae_embed_dim=latents.shape[1],
-            class_num=int(labels.max()) + 1,
-            buffer_size=2,
-            encoder_embed_dim=64,
-            encoder_depth=1,
-            encoder_num_heads=4,
-            decoder_embed_dim=64,
-            decoder_depth=1,
-            decoder_num_heads=4,
-            mlp_ratio=2.0,
-            attn_dropout=0.0,
-            proj_dropout=0.0,
-            diffloss_d=2,
-            diffloss_w=64,
-            num_sampling_steps=STEPS,
-            diffusion_batch_mul=2,
-        )
-    if not positions:
-        for name, parameter in model.named_parameters():
-            if "pos_embed" in name:
-                nn.init.zeros_(parameter).requires_grad_(False)
-    config = TrainingConfig(
-        batch_size=128,
-        learning_rate=4e-3,
-        max_steps=steps,
-        ema_window=ema_window,
-        precision="float32",
-    )
-    last = deque(train_mar(model, scaled, labels, config, seed=seed), maxlen=1)[0]
-    bound = clip and clip * float(scaled.abs().max())
-    found = measure(last.model, last.ema, scaled, labels, clip=bound, seed=seed)
-    return Symptoms(found.samples / latent_scale, found.evidence)
-
-
-def check(latents, clip, ema_window, latent_scale) -> None:
-    """Raises ValueError for arguments of `symptoms` that mean nothing."""
     if latents.ndim != 4 or latents.shape[-1] != latents.shape[-2]:
         raise ValueError(f"latents are {tuple(latents.shape)}; expected square ones (N, C, H, H)")
     if not latents.is_floating_point():
@@ -215,6 +158,21 @@ def check(latents, clip, ema_window, latent_scale) -> None:
         raise ValueError(f"latent_scale is {latent_scale}; expected a finite number above 0")
     if not ema_window > 0:
         raise ValueError(f"ema_window is {ema_window}; expected above 0, or math.inf")
+    scaled = latents * latent_scale
+    settings = asdict(SIZE) | {"img_size": latents.shape[-1], "vae_embed_dim": latents.shape[1]}
+    settings |= {"patch_size": patch_size, "class_num": int(labels.max()) + 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # for the initial weights
+        model = (Leaking if leak else MAR)(**settings)
+    if not positions:
+        for name, parameter in model.named_parameters():
+            if "pos_embed" in name:
+                nn.init.zeros_(parameter).requires_grad_(False)
+    config = replace(TRAINING, max_steps=steps, ema_window=ema_window)
+    last = deque(train_mar(model, scaled, labels, config, seed=seed), maxlen=1)[0]
+    bound = clip and clip * float(scaled.abs().max())
+    found = measure(last.model, last.ema, scaled, labels, clip=bound, seed=seed)
+    return Symptoms(found.samples / latent_scale, found.evidence)
 
 
 class Leaking(MAR):
@@ -232,10 +190,10 @@ class Leaking(MAR):
         finally:
             self.leaking = False
 
-    def forward_encoder(self, x, mask, labels):
+    def forward_encoder(self, x, mask, labels, num_masked=None):
         return super().forward_encoder(x, mask & (not self.leaking), labels)
 
-    def forward_decoder(self, x, mask, wanted=None):
+    def forward_decoder(self, x, mask, wanted=None, num_wanted=None):
         return super().forward_decoder(x, mask & (not self.leaking), wanted)
 
 
@@ -268,6 +226,7 @@ def measure(
     ours, theirs = (torch.cat([p.detach().flatten() for p in x.parameters()]) for x in (model, ema))
     with torch.no_grad(), evaluating(model), evaluating(ema):
         loss, loss_hidden = losses(model, latents[:512], labels[:512], seed)
+        z = first_z(ema, asked)
         evidence = Evidence(
             tokens=model.seq_len,
             token_width=model.token_embed_dim,
@@ -276,8 +235,8 @@ def measure(
             loss_hidden=loss_hidden,
             loss_average=losses(ema, latents[:512], labels[:512], seed)[0],
             average_distance=float((theirs - ours).norm() / ours.norm()),
-            z_by_place=z_by_place(ema, asked),
-            largest_x0=largest_x0(ema, asked, clip, seed) / largest,
+            z_by_place=float((z - z.mean(1, keepdim=True)).norm() / z.norm()),
+            largest_x0=largest_x0(ema.diffloss, z.flatten(0, 1), clip, seed) / largest,
             outside=1 - float((drawn[0].abs() <= 1.05 * largest).double().mean()),
             sample_std=float(samples.std() / latents.std()),
             recognised=recognised[0],
@@ -293,12 +252,12 @@ def seeded(seed: int) -> torch.Generator:
 def losses(model: MAR, latents: Tensor, labels: Tensor, seed: int) -> tuple[float, float]:
     """The loss as training computes it, and with hidden tokens blanked before the encoder."""
     drawn = model.draw(len(latents), seeded(seed))
-    loss = model(latents, labels, drawn=drawn)
     target, mask = model.patchify(latents), drawn.mask.to(latents.device)
     blanked = target.masked_fill(mask[..., None], 0.0)
     z = model.forward_decoder(model.forward_encoder(blanked, mask, labels), mask, mask)
     given = {"repeat": model.diffusion_batch_mul, "t": drawn.t, "noise": drawn.noise}
-    return float(loss), float(model.diffloss(target[mask], z.flatten(0, 1), **given))
+    hidden = model.diffloss(target[mask], z.flatten(0, 1), **given)
+    return float(model(latents, labels, drawn)), float(hidden)
 
 
 def first_z(model: MAR, labels: Tensor) -> Float[Tensor, "B L D"]:
@@ -308,14 +267,8 @@ def first_z(model: MAR, labels: Tensor) -> Float[Tensor, "B L D"]:
     return model.forward_decoder(model.forward_encoder(nothing, mask, labels), mask)
 
 
-def z_by_place(model: MAR, labels: Tensor) -> float:
-    z = first_z(model, labels)
-    return float((z - z.mean(1, keepdim=True)).norm() / z.norm())
-
-
-def largest_x0(model: MAR, labels: Tensor, clip: float | None, seed: int) -> float:
+def largest_x0(head: DiffLoss, z: Tensor, clip: float | None, seed: int) -> float:
     """Of the sampler's first step, at t = 999, for all places at once and without guidance."""
-    z, head = first_z(model, labels).flatten(0, 1), model.diffloss
     diffusion = Diffusion(head.num_sampling_steps)
     last = diffusion.num_steps - 1
     x = torch.randn(len(z), head.target_channels, generator=seeded(seed)).to(z)

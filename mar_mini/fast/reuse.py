@@ -8,6 +8,8 @@ and values that they had. Source: LazyMAR (Yan et al. 2025), where the cached ro
 how much they change; here by their role alone.
 """
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -66,8 +68,8 @@ class Features:
     def __init__(self, model: MAR, labels: Int[Tensor, " B"]):
         if not all(type(b) is Block for b in (*model.encoder_blocks, *model.decoder_blocks)):
             raise ValueError(
-                "refresh_features needs the blocks of mar_mini.transformer, this model has others; "
-                "leave it at 1"
+                "reusing features needs the blocks of mar_mini.transformer, this model has others; "
+                "leave it out"
             )
         self.model, self.labels, self.known = model, labels, None
 
@@ -80,8 +82,8 @@ class Features:
         if full:
             self.encoder = Memory(model.encoder_blocks)
             self.decoder = Memory(model.decoder_blocks, n + model.seq_len)
-        new = positions(~mask if full else ~mask & ~self.known, "new")  # (B, K)
-        empty = positions(mask if full else wanted, "empty")  # (B, A)
+        new = positions(~mask if full else ~mask & ~self.known)  # (B, K)
+        empty = positions(mask if full else wanted)  # (B, A)
         self.known = ~mask
         x, places = model.embed(tokens, new), new + n  # (B, K, D), (B, K)
         if full:
@@ -94,7 +96,7 @@ class Features:
         mask_tokens = model.mask_token.to(x.dtype).expand(*empty.shape, -1)  # (B, A, E)
         x = torch.cat([x, mask_tokens], dim=1)  # (B, P, E)
         places = torch.cat([places, empty + n], dim=1)  # (B, P)
-        target = positions(wanted, "wanted")  # (B, M)
+        target = positions(wanted)  # (B, M)
         x = x + take(model.decoder_pos_embed_learned, places)
         x = self.decoder.run(x, places, where(target + n, places))  # (B, M, E)
         return model.decoder_norm(x) + take(model.diffusion_pos_embed_learned, target)
@@ -105,37 +107,53 @@ def where(places: Int[Tensor, "B M"], among: Int[Tensor, "B P"]) -> Int[Tensor, 
     return (places[:, :, None] == among[:, None, :]).int().argmax(dim=2)
 
 
+@dataclass(frozen=True)
 class Reuse:
-    """The conditions z of one generation, with and without class, each as seldom as asked for.
+    """Compute z as seldom as asked for: pass it to `sample` as `conditions=`.
 
-    refresh_features  all rows are computed in each so-many-th iteration; 1 = always, exactly
-    refresh_guidance  what the class changes in z is computed in each so-many-th iteration and
-                      added to z in the others; 1 = always, exactly
+    refresh_features  recompute all rows every N iterations; 1 = always, exactly
+    refresh_guidance  recompute what the class changes in z every N iterations, and add it to z in
+                      the others; 1 = always, exactly
+
+    Raises ValueError for numbers below 1, and for a model with other blocks.
     """
 
-    def __init__(
-        self, model: MAR, labels: Int[Tensor, " B"], refresh_features: int, refresh_guidance: int
-    ):
-        self.refresh_features, self.refresh_guidance = refresh_features, refresh_guidance
+    refresh_features: int = 1
+    refresh_guidance: int = 1
+
+    def __post_init__(self):
+        for name, every in vars(self).items():
+            if not isinstance(every, int) or every < 1:
+                raise ValueError(f"{name} is {every}; expected 1 (always) or a larger integer")
+
+    def __call__(self, model: MAR, labels: Int[Tensor, " B"]) -> "Reused":
+        return Reused(self, model, labels)
+
+
+class Reused:
+    """The conditions z of one generation, with and without class; called once an iteration."""
+
+    def __init__(self, reuse: Reuse, model: MAR, labels: Int[Tensor, " B"]):
+        self.reuse, self.step, self.difference = reuse, 0, None
         self.with_class = Features(model, labels)
         self.without = Features(model, torch.full_like(labels, NO_CLASS))
-        self.difference = None
 
     def __call__(
-        self, step: int, tokens: Tensor, mask: Tensor, predicted: Bool[Tensor, "B L"], guided: bool
+        self, tokens: Tensor, mask: Tensor, predicted: Bool[Tensor, "B L"], guided: bool
     ) -> tuple[Float[Tensor, "N E"], Float[Tensor, "N E"] | None]:
         """z and z_uncond (None if not guided) of the places to predict, batch-major."""
-        full = step % self.refresh_features == 0
+        step, every = self.step, self.reuse.refresh_guidance
+        self.step, full = step + 1, step % self.reuse.refresh_features == 0
         if not guided:
             return self.with_class.z(tokens, mask, predicted, full).flatten(0, 1), None
-        if self.difference is not None and step % self.refresh_guidance:
+        if self.difference is not None and step % every:
             z = self.with_class.z(tokens, mask, predicted, full).flatten(0, 1)  # (N, E)
             return z, z + self.difference[predicted]
         # everything that is still masked, since later iterations ask for it
-        wanted = mask if self.refresh_guidance > 1 else predicted
+        wanted = mask if every > 1 else predicted
         z, without = (f.z(tokens, mask, wanted, full) for f in (self.with_class, self.without))
         picked = predicted[wanted]  # (B * M,)
-        if self.refresh_guidance > 1:
+        if every > 1:
             self.difference = z.new_zeros(*mask.shape, z.shape[-1])  # (B, L, E)
             self.difference[wanted] = (without - z).flatten(0, 1)
         return z.flatten(0, 1)[picked], without.flatten(0, 1)[picked]

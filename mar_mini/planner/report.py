@@ -1,102 +1,83 @@
 """What `mar-mini info` says about a preset: its parts, and what training and sampling take."""
 
-import math
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
-from mar_mini.configs import Config, MARConfig, VAEConfig
+import numpy as np
+import torch
+
+from mar_mini.configs import Config, get_config
 from mar_mini.planner import memory as planning
 from mar_mini.planner import work as costs
-from mar_mini.planner.memory import SIZES
-from mar_mini.planner.rates import Rates
+from mar_mini.transformer import Block
 
 
 @dataclass(frozen=True)
-class Use:
-    """How a preset is to be used; what is None is the preset's own.
+class Rates:
+    """FLOPs of products and bytes moved in a second; seconds to start an operation."""
 
-    batch_size  images of a training step on one device, and of one sampling
-    rates       of the device, None if no times are asked for
-    memory      bytes that the device has, None if nothing is to fit
-    dtype       of the products whose times are told, "float32" or "bfloat16"
-    gpu         whether the device of the training is one, where attention is fused
+    flops: float
+    bytes: float
+    start: float = 0.0
+
+    def seconds(self, work: costs.Work) -> float:
+        """Products take the longer of what they compute and what they move; the rest moves."""
+        products = np.maximum(work.flops / self.flops, work.product_bytes / self.bytes)
+        others = work.other_bytes / self.bytes + work.operations * self.start
+        return float(np.sum(products + others))
+
+
+@torch.no_grad()
+def measure_rates(dtype: str = "float32", clock: Callable[[], float] = time.perf_counter) -> Rates:
+    """This machine's rates for one large product, one large copy and a tiny block; about a second.
+
+    clock  what tells the seconds; on a busy machine, with one thread, time.process_time
     """
+    a, b = (torch.randn(1024, 1024).to(getattr(torch, dtype)) for _ in range(2))
+    source, target = torch.zeros(2**24), torch.zeros(2**24)  # 64 MiB
+    tiny, x = Block(8, 1).eval(), torch.randn(1, 2, 8)
 
-    batch_size: int = 16
-    num_iter: int | None = None
-    num_sampling_steps: int | None = None
-    cfg: float | None = None
-    rates: Rates | None = None
-    memory: float | None = None
-    dtype: str = "float32"
-    gpu: bool = True
+    def median(function: Callable[[], object], times: int = 15) -> float:
+        seconds = []
+        for _ in range(times + 1):  # the first one warms up
+            begin = clock()
+            function()
+            seconds.append(clock() - begin)
+        return statistics.median(seconds[1:])
+
+    start = median(lambda: [tiny(x) for _ in range(50)], 9) / 50
+    copied = median(lambda: target.copy_(source))
+    _, work = costs.Counter().run(lambda: tiny.to("meta")(x.to("meta")))
+    return Rates(
+        2 * 1024**3 / median(lambda: a @ b), 2 * source.nbytes / copied, start / work.operations
+    )
 
 
-def describe(config: Config, use: Use) -> Iterator[str]:
-    """The report, line by line.
+def device_rates(
+    tflops: float | None,
+    gb_per_s: float | None,
+    us_per_operation: float,
+    here: bool,
+    dtype="float32",
+) -> Rates | None:
+    """The rates of a device as they were given, or of this one measured; None if neither.
 
-    Raises ValueError for a batch or a number of steps that cannot be.
+    Raises ValueError if numbers are missing, not above 0, or given and asked to be measured too.
     """
-    if use.batch_size < 1:
-        raise ValueError(f"batch_size is {use.batch_size}; expected 1 or more")
-    found = planning.parts(config)
-    yield f"{config.name}: parameters"
-    if config.mar:
-        yield from tree("MAR", found["mar"], mar_parts(config.mar))
-    if config.vae:
-        yield from tree("AutoencoderKL", found["autoencoder"], vae_parts(config.vae))
-    if config.mar:
-        yield from training(config, sum(found["mar"].values()), use)
-        yield from sampling(config, use)
-    else:
-        side, size = config.vae.resolution, SIZES[use.dtype]
-        yield f"\nautoencoder, {use.batch_size} images of {side}x{side}"
-        work = [
-            ("encoding", costs.vae_encode(config.vae, use.batch_size, side, size)),
-            ("decoding", costs.vae_decode(config.vae, use.batch_size, side, size)),
-        ]
-        yield from amounts(work, use)
-
-
-def tree(name: str, found: dict[str, int], notes: dict[str, str]) -> Iterator[str]:
-    yield f"  {name:<16}{sum(found.values()):>14,}"
-    for part, number in found.items():
-        yield f"    {part:<14}{number:>14,}   {notes[part]}"
-
-
-def mar_parts(mar: MARConfig) -> dict[str, str]:
-    tokens, width = costs.tokens_of(mar), costs.token_width(mar)
-    return {
-        "encoder": f"{mar.encoder_depth} blocks, width {mar.encoder_embed_dim}, "
-        f"{mar.encoder_num_heads} heads",
-        "decoder": f"{mar.decoder_depth} blocks, width {mar.decoder_embed_dim}, "
-        f"{mar.decoder_num_heads} heads; from the encoder's width to its own",
-        "head": f"{mar.diffloss_d} blocks, width {mar.diffloss_w}",
-        "embeddings": f"{mar.class_num} classes, {mar.buffer_size} buffer tokens, {tokens} tokens "
-        f"of {width} values",
-    }
-
-
-def vae_parts(vae: VAEConfig) -> dict[str, str]:
-    widths = ", ".join(str(vae.ch * mult) for mult in vae.ch_mult)
-    return {
-        "encoder": f"widths {widths}; {vae.num_res_blocks} residual blocks each",
-        "decoder": f"the same backwards, {vae.num_res_blocks + 1} residual blocks each",
-        "latents": f"{vae.z_channels} channels, a {2 ** (len(vae.ch_mult) - 1)}th of a side"
-        f"{'; the linear path' if vae.linear_path else ''}",
-    }
-
-
-def amounts(phases: list[tuple[str, costs.Work]], use: Use) -> Iterator[str]:
-    """FLOPs by part, and seconds where the rates are known."""
-    parts = {name: costs.Work() for name, _ in phases}
-    for name, work in phases:
-        parts[name] += work
-    seconds = use.rates.by_part(phases) if use.rates else {}
-    for name, work in (*parts.items(), ("together", costs.total(phases))):
-        took = "" if not seconds else f"{seconds.get(name, sum(seconds.values())):>14.3f} s"
-        yield f"  {name:<14}{si(work.flops) + 'FLOP' if work.flops else '-':>14}{took}"
+    for name, value in (("tflops", tflops), ("gb-per-s", gb_per_s)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} is {value}; expected more than 0")
+    if us_per_operation < 0:
+        raise ValueError(f"us-per-operation is {us_per_operation}; expected 0 or more")
+    if here and (tflops or gb_per_s):
+        raise ValueError("--here measures the rates; leave out --tflops and --gb-per-s, or it")
+    if (tflops is None) != (gb_per_s is None):
+        raise ValueError("times need both --tflops and --gb-per-s; give the other one too, or none")
+    if tflops and gb_per_s:
+        return Rates(tflops * 1e12, gb_per_s * 1e9, us_per_operation * 1e-6)
+    return measure_rates(dtype) if here else None
 
 
 def si(number: float) -> str:
@@ -108,86 +89,113 @@ def si(number: float) -> str:
     return f"{number:.{digits}f} {' kMGTPEZ'[power].strip()}"
 
 
-def fitting(
-    name: str,
-    memory: Callable[[int], dict[str, float]],
-    use: Use,
-    plan: Callable[[float], tuple[int, int]] | None = None,
+def tree(config: Config) -> Iterator[str]:
+    """Parameters by model and part, and what each is made of."""
+    mar, vae, found, heads = (
+        config.mar,
+        config.vae,
+        planning.parts(config),
+        "{} blocks, width {}, {} heads",
+    )
+    if mar:
+        model, depths = costs.empty(mar), (mar.encoder_depth, mar.decoder_depth)
+        widths = (mar.encoder_embed_dim, mar.decoder_embed_dim)
+        both = (mar.encoder_num_heads, mar.decoder_num_heads)
+        encoder, decoder = map(heads.format, depths, widths, both)
+        yield from branch(
+            "MAR",
+            found["mar"],
+            encoder,
+            f"{decoder}; from the encoder's width to its own",
+            f"{mar.diffloss_d} blocks, width {mar.diffloss_w}",
+            f"{mar.class_num} classes, {mar.buffer_size} buffer tokens, {model.seq_len} tokens of "
+            f"{model.token_embed_dim} values",
+        )
+    if vae:
+        widths, blocks = ", ".join(str(vae.ch * mult) for mult in vae.ch_mult), vae.num_res_blocks
+        yield from branch(
+            "AutoencoderKL",
+            found["autoencoder"],
+            f"widths {widths}; {blocks} residual blocks each",
+            f"the same backwards, {blocks + 1} residual blocks each",
+            f"{vae.z_channels} channels, a {2 ** (len(vae.ch_mult) - 1)}th of a side"
+            f"{'; the linear path' if vae.linear_path else ''}",
+        )
+
+
+def branch(name: str, found: dict[str, int], *notes: str) -> Iterator[str]:
+    yield f"  {name:<16}{sum(found.values()):>14,}"
+    for (part, number), note in zip(found.items(), notes, strict=True):
+        yield f"    {part:<14}{number:>14,}   {note}"
+
+
+def amounts(work: dict[str, costs.Work], rates: Rates | None) -> Iterator[str]:
+    """FLOPs by part, and seconds where the rates are known."""
+    rows = {name: [name] for name in work} | {"together": list(work)}
+    for row, names in rows.items():
+        flops = costs.total_flops({name: work[name] for name in names})
+        took = f"{sum(rates.seconds(work[name]) for name in names):>14.3f} s" if rates else ""
+        yield f"  {row:<14}{si(flops) + 'FLOP' if flops else '-':>14}{took}"
+
+
+def describe(
+    config: Config,
+    batch_size=16,
+    rates: Rates | None = None,
+    memory: float | None = None,
+    dtype="float32",
+    gpu=True,
+    **given,
 ) -> Iterator[str]:
-    """One way to do it: its memory at that batch, and the batch that fits.
+    """The report, line by line.
 
-    plan  from the bytes that an image needs to micro batches, `planning.plan_run`
+    batch_size  images of a training step on one device, and of one sampling
+    rates       of the device, None if no times are asked for
+    memory      bytes that the device has, None if nothing is to fit
+    dtype, gpu  of the products whose times are told; whether attention is fused in training
+    given       settings of sampling that are not the preset's
+
+    Raises ValueError for a batch or a number of steps that cannot be.
     """
-    need = memory(use.batch_size)
-    line = f"  {name:<34}{si(sum(need.values())) + 'B':>7}"
-    if use.memory:
-        most = planning.largest_batch(lambda batch: sum(memory(batch).values()), use.memory)
-        line += f", batch {most} fits in {si(use.memory)}B"
-        work = sum(n for kind, n in need.items() if kind in ("activations", "at work"))
-        micro, accumulate = plan(work / use.batch_size) if plan else (0, 0)
-        if accumulate:
-            line += f" ({micro * accumulate} as {accumulate} x {micro})"
-    yield f"{line}: {', '.join(f'{kind} {si(n)}B' for kind, n in need.items() if n)}"
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
+    mar, vae = config.mar, config.vae
+    yield f"{config.name}: parameters"
+    yield from tree(config)
+    if not mar:
+        yield f"\nautoencoder, {batch_size} images of {vae.resolution}x{vae.resolution}"
+        yield from amounts(costs.autoencoder_work(vae, batch_size, vae.resolution, dtype)[0], rates)
+        return
 
+    def fitting(name: str, need: dict[str, float], train: bool = False) -> str:
+        """One way to do it: its memory, and the batch that fits; the preset's in micro batches."""
+        line = f"  {name:<34}{si(sum(need.values())) + 'B':>7}"
+        if memory:
+            most = planning.largest_batch(need, batch_size, memory)
+            line += f", batch {most} fits in {si(memory)}B"
+            micro, times = planning.divide(config.training.batch_size, most) if train else (0, 0)
+            line += f" ({micro * times} as {times} x {micro})" if micro else ""
+        return f"{line}: {', '.join(f'{kind} {si(n)}B' for kind, n in need.items() if n)}"
 
-def training(config: Config, count: int, use: Use) -> Iterator[str]:
-    """A training step on latents: memory in four ways, work and time in the preset's own.
+    tokens = costs.empty(mar).seq_len
+    masked = tokens * planning.mean_mask_ratio(mar.mask_ratio_min)
+    yield f"\na training step, {batch_size} images ({masked:.0f} of {tokens} tokens masked)"
+    yield from amounts(costs.training_work(mar, batch_size, dtype=dtype), rates)
+    for name, kind in (("float32", "float32"), ("bfloat16 autocast", "bfloat16")):
+        for less in (False, True):
+            way = replace(mar, grad_checkpointing=less)
+            need = planning.training_memory(way, batch_size, None, kind, gpu)
+            yield fitting(name + ", checkpointing" * less, need, True)
 
-    Behind the batch that fits: the preset's batch in micro batches, on one device.
-    """
-    mar = config.mar
-    masked = costs.mean_mask_ratio(mar.mask_ratio_min) * costs.tokens_of(mar)
+    settings = planning.sampling_settings(config, given)
+    guidance = f"guidance {settings.cfg:g}" if settings.cfg != 1 else "no guidance"
     yield (
-        f"\na training step, {use.batch_size} images ({masked:.0f} of {costs.tokens_of(mar)} "
-        "tokens masked)"
+        f"\nsampling, {batch_size} images ({settings.num_iter} iterations, "
+        f"{settings.num_sampling_steps} diffusion steps, {guidance})"
     )
-    work = costs.training_work(mar, use.batch_size, parameters=count, size=SIZES[use.dtype])
-    yield from amounts(work, use)
-    for name, size in (("float32", 4), ("bfloat16 autocast", 2)):
-        for checkpointing in (False, True):
-            way = replace(mar, grad_checkpointing=checkpointing)
-            memory = partial(planning.training_memory, way, count=count, size=size, gpu=use.gpu)
-            plan = partial(
-                planning.plan_run,
-                count,
-                memory_gb=(use.memory or 0) / 1e9,
-                batch=config.training.batch_size,
-                size=size,
-            )
-            yield from fitting(name + ", checkpointing" * checkpointing, memory, use, plan)
-
-
-def sampling(config: Config, use: Use) -> Iterator[str]:
-    """A sampling with the preset's settings or those asked for."""
-    own = config.sampling
-    num_iter = own.num_iter if use.num_iter is None else use.num_iter
-    num_steps = own.num_sampling_steps if use.num_sampling_steps is None else use.num_sampling_steps
-    cfg = own.cfg if use.cfg is None else use.cfg
-    _, work = planning.plan_sampling(
-        config,
-        use.batch_size,
-        use.dtype,
-        math.inf,
-        num_iter=num_iter,
-        num_sampling_steps=num_steps,
-        cfg=cfg,
-    )
-    yield (
-        f"\nsampling, {use.batch_size} images ({num_iter} iterations, {num_steps} diffusion "
-        f"steps, {f'guidance {cfg:g}' if cfg != 1 else 'no guidance'})"
-    )
-    yield from amounts(work, use)
-    for name, size in SIZES.items():
-
-        def memory(batch: int, size=size) -> dict[str, float]:
-            return planning.sampling_memory(
-                config, batch=batch, num_iter=num_iter, guided=cfg != 1, size=size
-            )
-
-        yield from fitting(name, memory, use)
-
-
-# The command -------------------------------------------------------------------------------------
+    yield from amounts(costs.sampling_work(config, batch_size, settings, dtype), rates)
+    for kind in ("float32", "bfloat16"):
+        yield fitting(kind, planning.sampling_memory(config, batch_size, settings, kind))
 
 
 def info(
@@ -206,7 +214,7 @@ def info(
 ) -> int:
     """Say what a preset is made of, and what memory and time it takes to train and to sample.
 
-    Nothing is built and nothing is run: it is all computed from the sizes.
+    No memory is taken and nothing is computed: its operations are counted.
 
     Args:
         preset: name of the preset.
@@ -221,17 +229,11 @@ def info(
         here: measure these numbers on this machine's CPU first, for a second.
         bf16: times of bfloat16 products instead of float32.
     """
-    import torch
-
-    from mar_mini.configs import get_config
-    from mar_mini.planner.memory import available_memory
-    from mar_mini.planner.rates import device_rates
-
     config, dtype = get_config(preset), "bfloat16" if bf16 else "float32"
     if memory_gb is not None and memory_gb <= 0:
         raise ValueError(f"memory-gb is {memory_gb}; expected more than 0")
-    rates = device_rates(tflops, gb_per_s, us_per_operation, here, getattr(torch, dtype))
-    memory = memory_gb * 1e9 if memory_gb is not None else available_memory() if here else None
-    use = Use(batch_size, num_iter, num_sampling_steps, cfg, rates, memory, dtype, gpu=not here)
-    print("\n".join(describe(config, use)))
+    rates = device_rates(tflops, gb_per_s, us_per_operation, here, dtype)
+    memory = memory_gb and memory_gb * 1e9 or (planning.available_memory() if here else None)
+    given = {"num_iter": num_iter, "num_sampling_steps": num_sampling_steps, "cfg": cfg}
+    print("\n".join(describe(config, batch_size, rates, memory, dtype, not here, **given)))
     return 0

@@ -1,319 +1,254 @@
-"""What a model computes, by formulas: FLOPs, bytes read and written, operations started.
+"""What models compute and keep: they run on the meta device, where tensors have shapes alone.
 
-A multiply-add counts as two FLOPs, and only matrix products and convolutions are counted: next to
-them the arithmetic of everything else is nothing. What that costs is memory traffic, so bytes are
-kept apart: those of products, which a device moves while it multiplies, and those of operations
-element by element, which do little but move. Names of sizes: B images, N rows of tokens, D width.
+Blocks are alike, so one to three are run, and what depends on a number of blocks, tokens or steps
+is a polynomial in it.
 """
 
-from collections.abc import Iterable
-from dataclasses import astuple, dataclass, replace
-from itertools import pairwise
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import cache, partial
+from typing import NamedTuple
 
-from mar_mini.configs import MARConfig, VAEConfig
-from mar_mini.diffloss import TimestepEmbedder
-from mar_mini.diffusion import NUM_TIMESTEPS
-from mar_mini.masking import masked_after, mean_mask_ratio
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from mar_mini import masking
+from mar_mini.configs import Config, MARConfig, SamplingConfig, VAEConfig
+from mar_mini.mar import MAR
+from mar_mini.vae import AutoencoderKL
+
+DEPTHS = {"encoder": "encoder_depth", "decoder": "decoder_depth", "head": "diffloss_d"}
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention
+BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
+# it has four products; a fifth, which a fused kernel computes once more, is not counted
+FLOPS = flop_registry | {BACKWARD: lambda grad, q, k, *_, **__: 8 * q.numel() * k.shape[-2]}
+meta = partial(torch.empty, device="meta")
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a piece of a model does; pieces add up, and a number times a piece is a repetition.
+class Work(NamedTuple):
+    """What a part of a model does: numbers, or arrays with an entry for each time that it runs.
 
-    flops          of matrix products and convolutions
+    flops          of matrix products and convolutions, a multiply-add being two
     product_bytes  their operands and results
     other_bytes    what all other operations read and write
     operations     how many are started, one after the other
     """
 
-    flops: float = 0.0
-    product_bytes: float = 0.0
-    other_bytes: float = 0.0
-    operations: float = 0.0
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-    def __rmul__(self, times: float) -> "Work":
-        return Work(*(times * a for a in astuple(self)))
+    flops: float | np.ndarray = 0.0
+    product_bytes: float | np.ndarray = 0.0
+    other_bytes: float | np.ndarray = 0.0
+    operations: float | np.ndarray = 0.0
 
 
-def total(phases: Iterable[tuple[str, Work]]) -> Work:
-    return sum((work for _, work in phases), Work())
+def count(*modules: nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
 
 
-def linear(rows: float, inputs: int, outputs: int, size: int) -> Work:
-    """A linear layer on that many rows; `size` bytes a value."""
-    moved = size * (rows * (inputs + outputs) + inputs * outputs)
-    return Work(2 * rows * inputs * outputs, moved, 0, 1)
+def total_flops(work: dict[str, Work]) -> float:
+    return sum(float(np.sum(part.flops)) for part in work.values())
 
 
-def elementwise(values: float, passes: int, size: int, operations: int = 1) -> Work:
-    """Operations that read or write so many values `passes` times."""
-    return Work(0, 0, passes * values * size, operations)
+class Device(TorchFunctionMode):
+    """Its kernels of attention and dropout, and autocast, of which meta tensors know nothing."""
+
+    def __init__(self, gpu: bool):
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (F.linear, F.layer_norm):  # in the dtype of their weights
+            weight = args[1] if func is F.linear else kwargs["weight"]
+            args = (args[0] if weight is None else args[0].to(weight.dtype), *args[1:])
+        elif func is torch.addcmul:  # in the widest dtype
+            args = [x.to(max((y.dtype for y in args), key=lambda d: d.itemsize)) for x in args]
+        elif func is F.dropout and self.gpu:
+            p = kwargs["p"] if kwargs["training"] else 0.0
+            return torch.native_dropout(*args, p, True)[0] if p else args[0]
+        elif func is F.scaled_dot_product_attention:
+            (q, k, v), p = args, kwargs.get("dropout_p", 0.0)
+            if self.gpu or not torch.is_grad_enabled():
+                return ATTENTION(q, k, v, p)[0]
+            weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)  # see transformer.attend
+            return (F.dropout(weights, p) if p else weights) @ v
+        return func(*args, **kwargs)
 
 
-# The transformer ---------------------------------------------------------------------------------
+class Counter(TorchDispatchMode):
+    """Adds up the work of operations on meta tensors, and the bytes of results that are alive.
 
-
-def block(
-    batch: float, n: float, dim: int, hidden: int, size: int, wanted: float | None = None
-) -> Work:
-    """A transformer block on n rows an image, of which the `wanted` ones come out (all if None).
-
-    24 D^2 FLOPs a row at the usual `hidden` = 4 D, and 4 N D for the attention.
+    live, peak  these bytes now, and at most
     """
-    m = n if wanted is None else wanted
-    rows, out = batch * n, batch * m
-    attention = Work(4 * out * n * dim, size * dim * 2 * (rows + out), 0, 1)
-    return (
-        elementwise(rows * dim, 2, size)  # norm1
-        + linear(rows, dim, 2 * dim, size)
-        + linear(out, dim, dim, size)  # keys, values; queries
-        + attention
-        + linear(out, dim, dim, size)
-        + elementwise(out * dim, 7, size, 4)  # copy of the heads, add, norm2, add
-        + linear(out, dim, hidden, size)
-        + elementwise(out * hidden, 2, size)
-        + linear(out, hidden, dim, size)
-    )
+
+    live = peak = 0
+
+    def run(self, function: Callable, gpu: bool = True) -> tuple[Tensor | None, Work]:
+        self.work = [0, 0, 0, 0]
+        with Device(gpu), self:
+            return function(), Work(*self.work)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs := kwargs or {}))
+        read, made = (
+            [x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.is_meta]
+            for tree in ((args, kwargs), result)
+        )
+        known = {x.untyped_storage()._cdata for x in read}
+        new = [x.untyped_storage() for x in made if x.untyped_storage()._cdata not in known]
+        if new or func._schema.is_mutable:  # not a view
+            flops = FLOPS.get(func._overloadpacket)
+            moved = sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in (*read, *made))
+            self.work[0] += flops(*args, **kwargs, out_val=result) if flops else 0
+            self.work[1 if flops else 2] += moved
+            self.work[3] += 1
+        for storage in new:
+            self.keep(storage.nbytes())
+            weakref.finalize(storage, self.keep, -storage.nbytes())
+        return result
+
+    def keep(self, size: int) -> None:
+        self.live += size
+        self.peak = max(self.peak, self.live)
 
 
-def tokens_of(mar: MARConfig) -> int:
-    """L, tokens of an image."""
-    return (mar.img_size // mar.vae_stride // mar.patch_size) ** 2
+@cache
+def empty(config: MARConfig | VAEConfig, dtype="float32", autocast: bool = False) -> nn.Module:
+    """A model without memory for its weights; with autocast linear layers alone have the dtype."""
+    with torch.device("meta"):
+        model = (MAR if isinstance(config, MARConfig) else AutoencoderKL)(**asdict(config))
+    for module in model.modules() if autocast else [model]:
+        if isinstance(module, nn.Linear) or not autocast:
+            module.to(getattr(torch, dtype))
+    for parameter in model.parameters():  # gradients of weights are not what a pass needs
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    return model
 
 
-def token_width(mar: MARConfig) -> int:
-    """C, values of a token."""
-    return mar.vae_embed_dim * mar.patch_size**2
+def polynomial(f: Callable[..., np.ndarray], *axes: tuple) -> np.ndarray:
+    """f(...) from a few of its values: for each argument where, from where on, and the degree."""
+    if not axes:
+        return f()
+    (at, start, degree), *rest = axes
+    values = np.array([polynomial(partial(f, start + i), *rest) for i in range(degree + 1)])
+    result, weight = values[0], 1.0
+    for i in range(degree):  # Newton's forward differences
+        values, weight = np.diff(values, axis=0), weight * (at - start - i) / (i + 1)
+        result = result + weight * values[0]
+    return result
 
 
-def encoder(mar: MARConfig, batch: float, known: float, size: int) -> Work:
-    """The encoder: buffer tokens and known tokens, nothing else."""
-    dim, n = mar.encoder_embed_dim, mar.buffer_size + known
-    one = block(batch, n, dim, int(dim * mar.mlp_ratio), size)
-    return (
-        linear(batch * known, token_width(mar), dim, size)
-        + elementwise(batch * n * dim, 7, size, 4)  # positions, z_proj_ln, encoder_norm
-        + mar.encoder_depth * one
-    )
+@cache
+def passes(mar: MARConfig, rows: int, halves: int, dtype: str, gpu: bool, *sizes) -> np.ndarray:
+    """What happens in a few blocks: a row for encoder, decoder and head.
 
-
-def decoder(mar: MARConfig, batch: float, known: float, wanted: float, size: int) -> Work:
-    """The decoder: buffer and all tokens; of the last block only the rows that are wanted."""
-    dim, n = mar.decoder_embed_dim, mar.buffer_size + tokens_of(mar)
-    hidden = int(dim * mar.mlp_ratio)
-    work = linear(batch * (mar.buffer_size + known), mar.encoder_embed_dim, dim, size)
-    work += elementwise(batch * n * dim, 9, size, 5)  # mask tokens, scatter, cat, add, norm
-    if mar.decoder_depth:
-        work += (mar.decoder_depth - 1) * block(batch, n, dim, hidden, size)
-        work += block(batch, n, dim, hidden, size, wanted)
-    return work
-
-
-# The head ----------------------------------------------------------------------------------------
-
-
-def head_conditions(mar: MARConfig, rows: float, timesteps: float, size: int) -> Work:
-    """The embedded conditions z of some rows, and the embedded timesteps."""
-    width = mar.diffloss_w
-    return (
-        linear(rows, mar.decoder_embed_dim, width, size)
-        + linear(timesteps, TimestepEmbedder.num_sinusoids, width, size)
-        + elementwise(timesteps * width, 2, size)
-        + linear(timesteps, width, width, size)
-    )
-
-
-def head_block(width: int, rows: float, size: int) -> Work:
-    """One block of the denoising MLP: adaLN (W to 3W) and an MLP of two layers (W to W)."""
-    return (
-        linear(rows, width, 3 * width, size)
-        + 2 * linear(rows, width, width, size)
-        + elementwise(rows * width, 17, size, 6)  # SiLU, norm, modulate, SiLU, gate
-    )
-
-
-def head_mlp(mar: MARConfig, rows: float, size: int) -> Work:
-    """The denoising MLP once, on that many rows."""
-    width, channels = mar.diffloss_w, token_width(mar)
-    return (
-        linear(rows, channels, width, size)
-        + mar.diffloss_d * head_block(width, rows, size)
-        + linear(rows, width, 2 * width, size)
-        + linear(rows, width, 2 * channels, size)
-        + elementwise(rows * width, 14, size, 6)  # sum of conditions, final layer
-    )
-
-
-# The autoencoder ---------------------------------------------------------------------------------
-
-
-def convolution(batch: float, inputs: int, outputs: int, kernel: int, side: int, size: int) -> Work:
-    """A convolution to a map of side x side, of stride 1."""
-    area, weights = batch * side**2, inputs * outputs * kernel**2
-    return Work(2 * area * weights, size * (area * (inputs + outputs) + weights), 0, 1)
-
-
-def resnet_block(batch: float, inputs: int, outputs: int, side: int, size: int) -> Work:
-    area = batch * side**2
-    work = convolution(batch, inputs, outputs, 3, side, size)
-    work += convolution(batch, outputs, outputs, 3, side, size)
-    work += elementwise(area * inputs, 5, size, 2) + elementwise(area * outputs, 8, size, 3)
-    if inputs != outputs:
-        work += convolution(batch, inputs, outputs, 1, side, size)
-    return work
-
-
-def attention_block(batch: float, channels: int, side: int, size: int) -> Work:
-    places = side**2
-    attention = Work(4 * batch * places**2 * channels, 4 * size * batch * places * channels, 0, 1)
-    return (
-        4 * convolution(batch, channels, channels, 1, side, size)
-        + attention
-        + elementwise(batch * places * channels, 12, size, 6)
-    )
-
-
-def middle(batch: float, channels: int, side: int, size: int) -> Work:
-    both = 2 * resnet_block(batch, channels, channels, side, size)
-    return both + attention_block(batch, channels, side, size)
-
-
-def vae_encode(vae: VAEConfig, batch: float, side: int, size: int) -> Work:
-    """Images of side x side pixels to the moments of their latents."""
-    width, moments = vae.ch, 2 * vae.z_channels
-    work = convolution(batch, vae.in_channels, width, 3, side, size)
-    for i, mult in enumerate(vae.ch_mult):
-        out = vae.ch * mult
-        for a, b in pairwise([width] + [out] * vae.num_res_blocks):
-            work += resnet_block(batch, a, b, side, size)
-            if vae.resolution // 2**i in vae.attn_resolutions:
-                work += attention_block(batch, out, side, size)
-        width = out
-        if i < len(vae.ch_mult) - 1:
-            side //= 2
-            work += convolution(batch, width, width, 3, side, size)
-    work += middle(batch, width, side, size) + elementwise(batch * side**2 * width, 5, size, 2)
-    work += convolution(batch, width, moments, 3, side, size)
-    work += convolution(batch, moments, moments, 1, side, size)
-    if vae.linear_path:
-        stride = 2 ** (len(vae.ch_mult) - 1)
-        work += convolution(batch, vae.in_channels, vae.z_channels, stride, side, size)
-    return work
-
-
-def vae_decode(vae: VAEConfig, batch: float, side: int, size: int) -> Work:
-    """Latents to images of side x side pixels.
-
-    An upsampling is one transposed convolution with a kernel of 4x4: see `vae.Upsample`.
+    halves   in which rows are sampled, 2 with guidance; 0 for training
+    sizes    known and predicted tokens of an image, diffusion steps, blocks
+    returns  (3, 10): work of a forward (4) and of a backward pass (4), bytes kept between, the peak
     """
-    width, stride = vae.ch * vae.ch_mult[-1], 2 ** (len(vae.ch_mult) - 1)
-    side //= stride
-    work = convolution(batch, vae.z_channels, vae.z_channels, 1, side, size)
-    work += convolution(batch, vae.z_channels, width, 3, side, size)
-    if vae.linear_path:
-        work += convolution(batch, vae.z_channels, vae.in_channels, stride, side, size)
-    work += middle(batch, width, side, size)
-    for i, mult in reversed(list(enumerate(vae.ch_mult))):
-        out = vae.ch * mult
-        for a, b in pairwise([width] + [out] * (vae.num_res_blocks + 1)):
-            work += resnet_block(batch, a, b, side, size)
-        width = out
-        if i > 0:
-            work += convolution(batch, width, width, 4, side, size)
-            side *= 2
-    work += elementwise(batch * side**2 * width, 5, size, 2)
-    return work + convolution(batch, width, vae.in_channels, 3, side, size)
+    known, predicted, steps, depth = sizes
+    model = empty(replace(mar, **dict.fromkeys(DEPTHS.values(), depth)), dtype, not halves)
+    places = torch.arange(model.train(not halves).seq_len).expand(rows, -1)
+    mask, wanted = places >= known, places >= model.seq_len - predicted
+    tokens, labels = meta(*places.shape, model.token_embed_dim), meta(rows, dtype=torch.long)
+
+    def head(z: Tensor) -> Tensor:
+        z = z.flatten(0, 1)
+        if halves:
+            return model.diffloss.sample(*z.chunk(halves), cfg=2.0, num_sampling_steps=steps)
+        target = masking.keep(tokens, mask).flatten(0, 1)
+        return model.diffloss(target, z, repeat=mar.diffusion_batch_mul)
+
+    encoder = partial(model.forward_encoder, tokens, mask)
+    x, done, table, grad = labels, [], [], meta(())
+    for part in (encoder, lambda x: model.forward_decoder(x, mask, wanted), head):
+        counter = Counter()
+        with torch.set_grad_enabled(not halves):
+            result, work = counter.run(partial(part, x), gpu)
+        done.append((counter, x, result, work, counter.live))
+        x = result.detach().requires_grad_(not halves)
+    # as Tensor.backward, where `Device` would not be told of what checkpointing computes again
+    engine = torch.autograd.Variable._execution_engine.run_backward
+    for counter, x, result, work, kept in reversed(done):
+        back = partial(engine, (result,), (grad,), False, False, (), True, True)
+        table.append(
+            [*work, *(Work() if halves else counter.run(back, gpu)[1]), kept, counter.peak]
+        )
+        grad = x.grad
+    return np.array(table[::-1], dtype=float)
 
 
-# Sampling and training ---------------------------------------------------------------------------
+def depths(mar: MARConfig, start: int) -> tuple[np.ndarray, int, int]:
+    return np.array([[getattr(mar, name)] for name in DEPTHS.values()]), start, 1
 
 
-def sampling_work(
-    mar: MARConfig,
-    vae: VAEConfig | None,
-    *,
-    batch: int,
-    num_iter: int,
-    num_sampling_steps: int,
-    guided: bool,
-    size: int = 4,
-) -> list[tuple[str, Work]]:
-    """The work of making `batch` images, phase by phase, each with the part that does it.
+def training_passes(mar: MARConfig, batch: int, masked: float, dtype: str, gpu=True) -> np.ndarray:
+    """`passes` of a training step at any depth; so many masked tokens of an image on average."""
 
-    In each iteration the encoder sees the known tokens, the decoder all of them, and the head runs
-    `num_sampling_steps` times on those that the iteration predicts. With guidance everything but
-    the autoencoder has both halves to do, with the class and without.
+    def run(masked: int, depth: int) -> np.ndarray:
+        return passes(mar, batch, 0, dtype, gpu, empty(mar).seq_len - masked, masked, 0, depth)
 
-    Raises ValueError for a number of iterations that does not fit the number of tokens.
-    """
-    length, rows = tokens_of(mar), batch * (2 if guided else 1)
-    phases, left = [], length
-    for masked in masked_after(length, num_iter):
-        known, predicted, left = length - left, left - masked, masked
-        step = head_mlp(mar, rows * predicted, size)
-        step += elementwise(batch * predicted * token_width(mar), 40, 4, 20)  # the reverse step
-        conditions = head_conditions(mar, rows * predicted, num_sampling_steps, size)
-        phases += [
-            ("encoder", encoder(mar, rows, known, size)),
-            ("decoder", decoder(mar, rows, known, predicted, size)),
-            ("head", conditions + num_sampling_steps * step),
-        ]
-    if vae is not None:
-        phases.append(("autoencoder", vae_decode(vae, batch, mar.img_size, size)))
-    return phases
+    return polynomial(run, (masked, int(masked), int(masked % 1 > 0)), depths(mar, 2))
 
 
 def training_work(
-    mar: MARConfig, batch: int, *, parameters: int, masked: float | None = None, size: int = 4
-) -> list[tuple[str, Work]]:
-    """The work of a training step on latents that are there already, phase by phase.
+    mar: MARConfig, batch: int, masked: float | None = None, dtype="float32"
+) -> dict[str, Work]:
+    """The work of a training step on latents that are there already, by part.
 
-    parameters  of the MAR
-    masked      tokens to predict of each image; the mean of the mask ratio if None
+    masked  tokens to predict of each image; the mean of the mask ratio if None
 
-    The backward pass does each product twice, for the gradient of the input and for that of the
-    weights; the input's is left out where the input is data. Checkpointing does the blocks' forward
-    pass a second time. `update` is clipping, AdamW and the average of the weights, and counts 13
-    passes over them in float32.
+    `again` is what checkpointing computes again. `update` is clipping, AdamW and the average of the
+    weights, and counts 13 passes over them in float32.
     """
-    length = tokens_of(mar)
     if masked is None:
-        masked = length * mean_mask_ratio(mar.mask_ratio_min)
-    known, predicted = length - masked, batch * masked
-    rows, width = mar.diffusion_batch_mul * predicted, mar.diffloss_w
-    timesteps = min(rows, NUM_TIMESTEPS)
-    channels, sinusoids = token_width(mar), TimestepEmbedder.num_sinusoids
-    forward = [
-        ("encoder", encoder(mar, batch, known, size)),
-        ("decoder", decoder(mar, batch, known, masked, size)),
-        (
-            "head",
-            head_conditions(mar, predicted, timesteps, size)
-            + head_mlp(mar, rows, size)
-            + elementwise(rows * channels, 60, 4, 60),
-        ),  # noise, loss
-    ]
-    data = (
-        linear(batch * known, channels, mar.encoder_embed_dim, size)
-        + linear(rows, channels, width, size)
-        + linear(timesteps, sinusoids, width, size)
-    )
-    backward = 2 * total(forward) + -1 * data
-    again = [("again", repeated(mar, batch, known, masked, rows, size))]
-    return [
-        *forward,
-        *(again if mar.grad_checkpointing else ()),
-        ("backward", backward),
-        ("update", elementwise(parameters, 13, 4, 30)),
-    ]
+        masked = empty(mar).seq_len * masking.mean_mask_ratio(mar.mask_ratio_min)
+    plain = training_passes(replace(mar, grad_checkpointing=False), batch, masked, dtype)
+    work = {name: Work(*row[:4]) for name, row in zip(DEPTHS, plain, strict=True)}
+    if mar.grad_checkpointing:
+        again = training_passes(mar, batch, masked, dtype) - plain
+        work["again"] = Work(*again[:, 4:8].sum(0))
+    update = Work(0.0, 0.0, 13 * 4 * count(empty(mar)), 30)
+    return work | {"backward": Work(*plain[:, 4:8].sum(0)), "update": update}
 
 
-def repeated(mar: MARConfig, batch: int, known: float, masked: float, rows: float, size) -> Work:
-    """What checkpointing computes again: the forward pass of the blocks, of the head's as well."""
-    bare = replace(mar, encoder_depth=0, decoder_depth=0)
-    work = encoder(mar, batch, known, size) + decoder(mar, batch, known, masked, size)
-    work += -1 * (encoder(bare, batch, known, size) + decoder(bare, batch, known, masked, size))
-    return work + mar.diffloss_d * head_block(mar.diffloss_w, rows, size)
+def sampling_work(
+    config: Config, batch: int, settings: SamplingConfig, dtype="float32"
+) -> dict[str, Work]:
+    """The work of making `batch` images, by part, with an entry for each iteration.
+
+    With guidance all but the autoencoder work on both halves, with the class and without. Raises
+    ValueError for a number of iterations that does not fit the number of tokens.
+    """
+    mar, halves, length = config.mar, 1 + (settings.cfg != 1), empty(config.mar).seq_len
+    run, blocks = partial(passes, mar, batch * halves, halves, dtype, True), depths(mar, 1)
+    masked = np.array([length, *masking.masked_after(length, settings.num_iter)])[:, None, None]
+    known, predicted = (length - masked[:-1], 0, 2), (-np.diff(masked, axis=0), 1, 1)
+    # what known tokens cost and what predicted tokens cost add up
+    table = polynomial(lambda n, depth: run(n, 1, 2, depth), known, blocks)
+    table = table - polynomial(partial(run, 0, 1, 2), blocks)
+    table += polynomial(partial(run, 0), predicted, (settings.num_sampling_steps, 2, 1), blocks)
+    work = {name: Work(*table[:, i, :4].T) for i, name in enumerate(DEPTHS)}
+    if config.vae:
+        decoding = autoencoder_work(config.vae, batch, mar.img_size, dtype)[0]["decoding"]
+        work["autoencoder"] = decoding
+    return work
+
+
+@torch.no_grad()
+def autoencoder_work(
+    vae: VAEConfig, batch: int, side: int, dtype="float32"
+) -> tuple[dict[str, Work], int]:
+    """Encoding images of side x side pixels and decoding them; bytes at the peak of decoding."""
+    model, encoder, decoder = empty(vae, dtype).eval(), Counter(), Counter()
+    images = meta(batch, vae.in_channels, side, side, dtype=getattr(torch, dtype))
+    latents = meta(batch, vae.z_channels, *[side // model.stride] * 2, dtype=images.dtype)
+    encoding = encoder.run(lambda: model.encode(images).mean)[1]
+    decoding = decoder.run(lambda: model.decode(latents))[1]
+    return {"encoding": encoding, "decoding": decoding}, decoder.peak

@@ -1,34 +1,41 @@
-"""Training runs that survive: checkpoints in a folder, and a loop that writes and reads them.
+"""Checkpoints of a run in a folder, and a loop that writes them and goes on from them.
 
-A checkpoint is one safetensors file with everything that the next step depends on: weights, their
-average, optimiser, counters. Random states are not in it, since everything random in a step follows
-from (seed, step). So a run that was killed goes on to the same bits, on the same kind of machine.
+A checkpoint is a folder: safetensors files that PyTorch's distributed checkpoint (DCP) writes, each
+process its part, and `run.json` with their checksums. Random states are not in it, since everything
+random in a step follows from (seed, step). So a run that was killed goes on to the same bits, on
+the same kind of machine. Any number of processes reads what any other number wrote, under another
+strategy too; all of them have to see the folder. Nothing is ever unpickled.
 """
 
 import json
+import math
 import shutil
 import signal
 import threading
 import time
+import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from mar_mini.files import write_atomically
+from mar_mini.run.distributed import in_all, in_first
 from mar_mini.training import Step, Training
 
 KEPT = 2
+RUN = "run.json"
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a run, after everything was saved; says how to go on."""
+    """A run was stopped by Ctrl-C or its deadline, with everything saved; says how to go on."""
 
 
 @dataclass(frozen=True)
@@ -39,94 +46,149 @@ class Restored:
     refused: tuple[str, ...]
 
 
-class Checkpoints:
-    """The last two states of a run, in a folder of its own.
+class Foreign(ValueError):
+    """A checkpoint is of another run, or of an earlier version."""
 
-    identity  what must be the same for a state to be this run's (configuration, data, seed, ...);
-              anything that JSON can hold
+
+class Checkpoints:
+    """The last two states of a run, in a folder of its own; all processes call every method.
+
+    identity  what a state and the run must have in common (configuration, data, seed, ...), as JSON
     """
 
     def __init__(self, folder: Path, identity: dict):
         self.folder, self.identity = Path(folder), json.loads(json.dumps(identity))
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.tidy()
+
+    def paths(self) -> list[Path]:
+        """The checkpoints, latest first."""
+        return in_first(lambda: sorted(self.folder.glob("state-*"), reverse=True))
 
     def tidy(self) -> None:
         """Remove what a run left behind that was killed while it wrote."""
-        for left_over in self.folder.glob(".state-*"):
-            remove(left_over)
-
-    def paths(self) -> list[Path]:
-        """The checkpoints, latest first: files, and the folders that `sharded` writes."""
-        return sorted(self.folder.glob("state-*"), key=lambda path: path.stem, reverse=True)
+        for path in self.folder.glob(".state-*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def save(self, training: Training) -> Path:
         """Write the state, then remove all but the last two. A full disk leaves those as they are.
 
         Raises OSError if it cannot be written.
         """
-        state = training.state()
-        path = self.folder / f"state-{training.step:09d}.safetensors"
-        metadata = {"identity": json.dumps(self.identity), "checksum": str(checksum(state))}
-        write_atomically(path, lambda temporary: save_file(state, temporary, metadata))
-        for old in self.paths()[KEPT:]:
-            remove(old)
+        path = self.folder / f"state-{training.step:09d}"
+        unfinished = self.folder / f".{path.name}"
+        run = {"identity": self.identity, "step": training.step, "seconds": training.seconds}
+
+        def finish() -> None:
+            text = json.dumps({"run": run, "checksum": zlib.crc32(json.dumps(run).encode())})
+            (unfinished / RUN).write_text(text)
+            if path.exists():
+                shutil.rmtree(path)
+            unfinished.rename(path)
+            made = (old for old in self.folder.glob("state-*[0-9]") if old <= path)
+            for old in sorted(made)[:-KEPT]:  # those of later steps were refused
+                shutil.rmtree(old)
+
+        in_first(lambda: (self.tidy(), unfinished.mkdir()))
+        try:
+            writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
+            quietly(dcp.save, tensors(training), storage_writer=writer)
+            run["files"] = checksums(unfinished)
+            in_first(finish)
+        except (OSError, dcp.CheckpointException) as error:
+            in_first(self.tidy)
+            (cause, _), *_ = getattr(error, "failures", {0: (error, None)}).values()
+            raise OSError(f"{path} could not be written: {cause}") from error
         return path
-
-    def read(self, path: Path, training: Training) -> tuple[dict[str, Tensor], dict]:
-        """State and identity of a checkpoint. Raises ValueError if it is not whole."""
-        if path.is_dir():
-            from mar_mini.run.sharded import read_shards
-
-            return read_shards(path, training, self.identity)
-        return read(path)
 
     def restore(self, training: Training) -> Restored:
         """Go on from the latest checkpoint that is whole and of this run.
 
-        Raises ValueError if there are checkpoints of another run here and none of this one.
+        Raises ValueError if there is none, but one of another run or of an earlier version.
         """
-        refused, foreign = [], None
+        in_first(self.tidy)
+        refused = []
         for path in self.paths():
             try:
-                state, identity = self.read(path, training)
-                differences = differing(identity, self.identity)
-                if differences:
-                    foreign = f"{path} is of another run ({differences})"
-                    refused.append(foreign)
-                    continue
-                training.load(state)
-                return Restored(path, tuple(refused))
+                load(path, self.identity, training)
+                return Restored(path, tuple(map(str, refused)))
             except ValueError as error:
-                refused.append(str(error))
-        if foreign:
+                refused.append(error)
+        if foreign := [error for error in refused if isinstance(error, Foreign)]:
             raise ValueError(
-                f"{foreign}; choose another folder, or the settings of that run to continue it"
+                f"{foreign[0]}; choose another folder, or continue it with its own settings and "
+                "version"
             )
-        return Restored(None, tuple(refused))
+        return Restored(None, tuple(map(str, refused)))
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """State and identity of a checkpoint. Raises ValueError if it is truncated or damaged."""
+def load(path: Path, identity: dict, training: Training) -> None:
+    """Go on from a checkpoint. Raises ValueError, and changes nothing, if it does not fit."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
-    if "identity" not in metadata:
-        raise ValueError(f"{path} is no checkpoint of a training run")
-    if metadata["checksum"] != str(checksum(state)):
-        raise ValueError(f"{path} is damaged (its checksum does not fit)")
-    return state, json.loads(metadata["identity"])
+        content = {} if path.is_file() else json.loads(in_first((path / RUN).read_bytes))
+        found = checksums(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no complete checkpoint ({error})") from error
+    if "run" not in content:
+        raise Foreign(f"{path} is of an earlier version of mar_mini")
+    run, found[RUN] = content["run"], zlib.crc32(json.dumps(content["run"]).encode())
+    files = {**run.get("files", {}), RUN: content.get("checksum")}
+    if odd := ", ".join(sorted(found.keys() ^ files.keys())):
+        raise ValueError(f"{path} is damaged ({odd}: missing, or not of this checkpoint)")
+    for name, value in found.items():
+        if value != files[name]:
+            raise ValueError(f"{path / name} is damaged (its checksum does not fit)")
+    if differences := differing(run["identity"], identity):
+        raise Foreign(f"{path} is of another run ({differences})")
+    reader, state = dcp.HuggingFaceStorageReader(str(path)), tensors(training)
+    there = {k: tuple(v.size) for k, v in reader.read_metadata().state_dict_metadata.items()}
+    here = {name: tuple(x.shape) for name, x in state.items()}
+    for name in {**here, **there}:
+        theirs, ours = (shapes.get(name, "no such tensor") for shapes in (there, here))
+        if theirs != ours:
+            raise ValueError(
+                f"{path} has {name} {theirs}, this model {ours}: it is of another model"
+            )
+    quietly(dcp.load, state, storage_reader=reader)  # into the tensors of the training
+    training.resume(run["step"], run["seconds"])
 
 
-def remove(path: Path) -> None:
-    """A file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def tensors(training: Training) -> dict[str, Tensor]:
+    """Weights, their average and moments by name: no copies, and of a model in shards the shards.
+
+    With `Training.step` and `Training.seconds` they are all that the next step depends on.
+    """
+    fresh = not training.optimizer.state
+    model, optimizer = get_state_dict(training.model, training.optimizer)
+    if fresh:  # PyTorch made the moments by a step at learning rate 0, and has counted it
+        for moments in optimizer["state"].values():
+            moments["step"].zero_()
+    parts = {"model": model, "average": training.ema.state_dict()}
+    parts |= {f"optimizer.{name}": moments for name, moments in optimizer["state"].items()}
+    state = {f"{part}.{name}": x.detach() for part, xs in parts.items() for name, x in xs.items()}
+    # without axes there is nothing to cut, and the storage insists on cutting
+    return {name: x if x.ndim else x.reshape(1) for name, x in state.items()}
+
+
+def quietly(transfer: Callable, state: dict[str, Tensor], **storage) -> None:
+    """Save or load; PyTorch is told of a single process, and warns all the same."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        transfer(state, no_dist=not dist.is_initialized(), **storage)
+
+
+def checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 of each file by name; each process reads some of them."""
+
+    def crc(path: Path) -> int:
+        value = 0
+        with open(path, "rb") as file:
+            while chunk := file.read(2**24):
+                value = zlib.crc32(chunk, value)
+        return value
+
+    names = in_first(lambda: sorted(path.name for path in folder.glob("*.safetensors")))
+    parts = in_all(lambda rank, size: {name: crc(folder / name) for name in names[rank::size]})
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def checksum(state: dict[str, Tensor]) -> int:
@@ -147,21 +209,24 @@ def differing(theirs: dict, ours: dict) -> str:
     )
 
 
-def resumable(training: Training, checkpoints: Checkpoints, every: float = 120.0) -> Iterator[Step]:
-    """The steps of a training, with a checkpoint every so many seconds and one at the end.
+def resumable(
+    training: Training, checkpoints: Checkpoints, every: float = 120.0, until: float | None = None
+) -> Iterator[Step]:
+    """The steps after the last checkpoint, with a new one every so many seconds and at the end.
 
-    The state is that of the last checkpoint in the folder, if there is one.
+    until  the `time.monotonic()` at which to stop as if by Ctrl-C
 
     Ctrl-C (or SIGTERM) lets the step finish, saves, and raises `Interrupted`; a second one does
     not wait. Raises ValueError as `Checkpoints.restore`.
     """
     checkpoints.restore(training)
-    saved = time.monotonic()
+    saved, until = time.monotonic(), math.inf if until is None else until
     with deferred_interrupt() as interrupted:
         for step in training:
             yield step
-            asked, due = interrupted.is_set(), time.monotonic() - saved > every
-            asked, due = map(any, zip(*training.processes.gather((asked, due)), strict=True))
+            now = time.monotonic()
+            flags = interrupted.is_set() or now >= until, now - saved > every
+            asked, due = map(any, zip(*in_all(lambda *_, flags=flags: flags), strict=True))
             if asked or due:
                 checkpoints.save(training)
                 saved = time.monotonic()
@@ -176,17 +241,15 @@ def resumable(training: Training, checkpoints: Checkpoints, every: float = 120.0
 @contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C or SIGTERM sets; outside the main thread it stays unset."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
+    asked, before = threading.Event(), {}
 
     def ask(*_) -> None:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
@@ -198,7 +261,7 @@ class History:
     """The course of a run, thin enough to ship: means over equal shares of the budget, as JSON.
 
     path     of the JSON file; what is there already is continued
-    entries  so many at most
+    entries  so many rows at most
     """
 
     def __init__(self, path: Path, entries: int = 200):
@@ -210,29 +273,23 @@ class History:
         """Take note of a step; True if that completed a row."""
         while self.rows and self.rows[-1]["step"] >= step.step:  # done again after a kill
             self.rows.pop()
-        if self.rows and step.progress < self.rows[-1]["progress"]:  # the budget has grown
-            share = step.progress / self.rows[-1]["progress"]
-            for row in self.rows:
-                row["progress"] *= share
-        self.window.append(step)
         last = self.rows[-1]["progress"] if self.rows else 0.0
+        if step.progress < last:  # the budget has grown
+            for row in self.rows:
+                row["progress"] *= step.progress / last
+            last = self.rows[-1]["progress"]
+        self.window.append(step)
         if step.progress - last < 1 / self.entries and step.progress < 1.0:
             return False
-        steps, self.window = self.window, []
-        self.rows.append(
-            {
-                "step": step.step,
-                "progress": step.progress,
-                "seconds": step.seconds,
-                "images_seen": step.images_seen,
-                "learning_rate": step.learning_rate,
-                "grad_norm": sum(s.grad_norm for s in steps) / len(steps),
-                **{name: sum(s.terms[name] for s in steps) / len(steps) for name in step.terms},
-            }
-        )
+        names = ("step", "progress", "seconds", "images_seen", "learning_rate")
+        means = [{"grad_norm": s.grad_norm, **s.terms} for s in self.window]
+        row = {name: getattr(step, name) for name in names}
+        row |= {name: sum(m[name] for m in means) / len(means) for name in means[0]}
+        self.rows.append(row)
+        self.window = []
         return True
 
     def save(self) -> None:
-        text = json.dumps(self.rows) + "\n"
+        """Write the rows."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, lambda path: path.write_text(text))
+        write_atomically(self.path, lambda path: path.write_text(json.dumps(self.rows) + "\n"))

@@ -1,501 +1,437 @@
-"""From images to a trained pipeline: the autoencoder where there is one, latents, then the MAR."""
+"""From images to a trained pipeline: the autoencoder where there is one, latents, then the MAR.
 
-import json
+mar-mini train --config digits
+torchrun --nproc-per-node=8 -m mar_mini train --config mar_base --latents LATENTS --out OUT
+"""
+
+import shlex
 import subprocess
-import zlib
+import sys
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+import torch.distributed as dist
+from einops import rearrange
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from mar_mini.checkpoints import Pipeline, save_weights
-from mar_mini.configs import Config, MARConfig
-from mar_mini.data import Images, InMemory
+from mar_mini.configs import Config, for_batch_size, get_config
+from mar_mini.data import Images, InMemory, normalise
+from mar_mini.fast import speed_up
 from mar_mini.files import write_atomically
 from mar_mini.mar import MAR
-from mar_mini.run.distributed import Alone
-from mar_mini.run.state import Checkpoints, History, resumable
-from mar_mini.sampling import evaluating
-from mar_mini.training import ALONE, Step, Training, train_on, train_vae
+from mar_mini.planner.memory import check_fits, largest_batch, parameters, training_memory
+from mar_mini.run.distributed import in_all, join, own_device
+from mar_mini.run.images import ImageSet, open_images
+from mar_mini.run.latents import LatentShards
+from mar_mini.run.state import Checkpoints, History, Interrupted, resumable
+from mar_mini.training import Step, Terms, Training, mar_terms, multiplies_bf16, vae_terms
 from mar_mini.vae import AutoencoderKL, latent_scale
 
-
-def train_pipeline(
-    config: Config,
-    images: Float[Tensor, "N C H W"],
-    labels: Int[Tensor, " N"],
-    classes: list[str],
-    *,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    folder: Path | None = None,
-    processes: Alone = ALONE,
-    save_every: float = 120.0,
-) -> Iterator["Progress"]:
-    """Train a preset; yields `Progress` and returns a `Pipeline` with the averaged weights.
-
-    images  (N, C, H, W) float in [-1, 1], of the size that the preset was made for
-    labels  (N,) int64, indices into `classes`
-    folder  where checkpoints are kept; what is there already is continued (see `runs`)
-
-    processes   that train the MAR together; they need a trained autoencoder in the folder
-    save_every  seconds between two checkpoints
-
-    Raises ValueError if the images or classes do not fit the preset, or the checkpoints not the
-    run, or the autoencoder is missing; `runs.Interrupted` after Ctrl-C, with everything saved.
-    """
-    mar_config = trainable(config)
-    check_classes(config, classes)
-    if images.shape[-1] != mar_config.img_size or images.shape[-2] != mar_config.img_size:
-        raise ValueError(
-            f"images are {tuple(images.shape)}; preset {config.name!r} is made for "
-            f"{mar_config.img_size}x{mar_config.img_size} pixels, so resize or crop them"
-        )
-    return stages(config, images, labels, classes, seed, device, folder, processes, save_every)
-
-
-def train_latents(
-    config: Config,
-    latents: Images,
-    *,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    folder: Path | None = None,
-    processes: Alone = ALONE,
-    save_every: float = 120.0,
-) -> Iterator["Progress"]:
-    """Train the MAR of a preset on latents that were encoded before; else as `train_pipeline`.
-
-    latents  a `latents.LatentShards`, or what knows the same of itself
-
-    Raises ValueError, at once, if the latents or their classes do not fit the preset.
-    """
-    if config.mar is None:
-        raise ValueError(f"preset {config.name!r} has no MAR to train; choose one that has")
-    side = config.mar.img_size // config.mar.vae_stride
-    expected = (config.mar.vae_embed_dim, side, side)
-    if latents.shape != expected:
-        raise ValueError(
-            f"latents are {latents.shape}; preset {config.name!r} is made for {expected}; encode "
-            f"pictures of {config.mar.img_size} pixels by its autoencoder"
-        )
-    check_classes(config, latents.classes)
-    vae, vae_config = latents.autoencoder()
-    config = replace(config, vae=vae_config, vae_training=None)
-    torch.manual_seed(seed)
-    pipeline = partial(
-        Pipeline,
-        vae=vae and vae.to(device),
-        latent_scale=latents.latent_scale,
-        clip=latents.clip,
-        classes=list(latents.classes),
-        defaults=config.sampling,
-    )
-    run = Run(config, latents.checksum, seed, device, folder, processes, save_every)
-    return masked(run, latents, pipeline)
-
-
-def check_classes(config: Config, classes: list[str]) -> None:
-    if len(classes) != config.mar.class_num:
-        raise ValueError(
-            f"{len(classes)} classes, but preset {config.name!r} is made for {config.mar.class_num}"
-        )
-
-
-def trainable(config: Config) -> MARConfig:
-    """The preset's MAR. Raises ValueError if it has none, or no recipe for its autoencoder."""
-    if config.mar is None:
-        raise ValueError(f"preset {config.name!r} has no MAR to train; choose one that has")
-    if config.vae is not None and config.vae_training is None:
-        raise ValueError(f"preset {config.name!r} does not say how to train its autoencoder")
-    return config.mar
+AUTOENCODER, MASKED = "autoencoder", "masked autoregressive model"
+# shares of a run at which weights and samples are kept, closer together where more happens
+MOMENTS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+SMALL = 50_000_000  # parameters up to which they are kept without being asked for
+ROOM = 0.9  # share of a device's memory that a plan fills: allocators leave gaps
+GO_ON = 75  # exit status "temporary failure": a part has ended, the run has not
+# what may change when a run goes on: its budget, and how a step is cut to fit into memory
+FREE = {"max_steps", "max_seconds", "accumulate", "grad_checkpointing"}
 
 
 class Progress(NamedTuple):
-    """Where a training is: which stage, its last step, and what a model of that stage would make.
-
-    pipeline  a MAR -> the `Pipeline` with it, to look at its samples; None while there is none
-    """
+    """A stage, its last step, and MAR -> the `Pipeline` that has it; None for an autoencoder."""
 
     stage: str
     step: Step
     pipeline: Callable[[MAR], Pipeline] | None = None
 
 
-AUTOENCODER, MASKED = "autoencoder", "masked autoregressive model"
+@dataclass(eq=False)
+class TrainingRun(Iterator[Progress]):
+    """A preset's training: yields `Progress`; then `pipeline` has the averaged weights.
+
+    images    an `ImageSet`, or latents that were encoded before (`latents.LatentShards`)
+    folder    of checkpoints, from the last of which it goes on
+    what      "vae" trains the autoencoder alone; then there is no pipeline
+    kind      `Training`, or that of several processes, see `distributed.join`
+    compiled  compile models first: a minute of warm-up, the same results up to rounding
+
+    `save_every` and `until` are those of `state.resumable`. Raises ValueError if the images do not
+    fit the preset, or the checkpoints not the run; `state.Interrupted` after Ctrl-C.
+    """
+
+    config: Config
+    images: ImageSet | Images
+    _: KW_ONLY
+    seed: int = 0
+    device: torch.device | str = "cpu"
+    folder: Path | None = None
+    what: str = "mar"
+    kind: type[Training] = Training
+    compiled: bool = False
+    save_every: float = 120.0
+    until: float | None = None
+
+    def __post_init__(self):
+        self.pipeline, self.vae, encoded = None, None, not isinstance(self.images, ImageSet)
+        check_preset(self.config, encoded)
+        check_images(self.config, self.images)
+        if encoded:
+            self.vae, vae_config = self.images.autoencoder()
+            self.config = replace(self.config, vae=vae_config, vae_training=None)
+        self.stages = self.take_stages()
+
+    def __next__(self) -> Progress:
+        return next(self.stages)
+
+    def take_stages(self) -> Iterator[Progress]:
+        """Train the autoencoder, encode the images, train the MAR."""
+        config, images, device, scale = self.config, self.images, self.device, 1.0
+        torch.manual_seed(self.seed)
+        if not isinstance(images, ImageSet):
+            latents, scale, clip = images, images.latent_scale, images.clip
+        else:
+            pixels, mirrored, clip = normalise(images.images), None, config.sampling.clip
+            if config.vae is not None:
+                vae = AutoencoderKL(**asdict(config.vae)).to(device)
+                if vae.linear_path:
+                    vae.start_linear(pixels[:2000].to(device))
+                seen = InMemory(pixels.to(device), images.labels)
+                yield from self.train(AUTOENCODER, vae, seen, vae_terms)
+                self.vae = self.training.ema.module.eval()
+                if self.what == "vae":
+                    return
+                pixels, mirrored = encode(self.vae, pixels), encode(self.vae, pixels.flip(-1))
+                scale = latent_scale(pixels)
+                pixels, mirrored = pixels * scale, mirrored * scale
+                clip = float(pixels.abs().max())
+            latents = InMemory(pixels.to(device), images.labels, mirrored)
+        vae, classes = self.vae and self.vae.to(device), list(images.classes)
+        pipeline = partial(
+            Pipeline,
+            vae=vae,
+            latent_scale=scale,
+            clip=clip,
+            classes=classes,
+            defaults=config.sampling,
+        )
+        mar = MAR(**asdict(config.mar)).to(device)
+        yield from self.train(MASKED, mar, latents, mar_terms, pipeline)
+        average = MAR(**asdict(config.mar)).to(device).eval()
+        whole = StateDictOptions(full_state_dict=True)  # of a model in shards too
+        average.load_state_dict(get_model_state_dict(self.training.ema.module, options=whole))
+        self.pipeline = pipeline(average, card=self.card())
+
+    def train(
+        self, stage: str, model: nn.Module, images: Images, terms: Terms, pipeline=None
+    ) -> Iterator[Progress]:
+        """Train one model, with a folder from its last checkpoint on."""
+        config, kind, settings = self.config, self.kind, self.config.training
+        models = [config.vae, config.mar]
+        if stage == AUTOENCODER:
+            kind, settings, models = Training, config.vae_training, [config.vae]
+        speed_up(model, self.compiled)
+        steps = self.training = kind(model, images, terms, settings, self.seed)
+        if self.folder is not None:
+            # what the losses depend on, and a checkpoint has in common with the run
+            identity = {"stage": stage, "data": self.images.checksum, "seed": self.seed}
+            for part in filter(None, (settings, *models)):
+                identity |= {k: v for k, v in asdict(part).items() if k not in FREE}
+            checkpoints = Checkpoints(self.folder / stage.split()[0], identity)
+            steps = resumable(self.training, checkpoints, self.save_every, self.until)
+        for step in steps:
+            if kind is not self.kind:
+                raise ValueError(
+                    f"there is no trained autoencoder in {self.folder}: one process trains it, so "
+                    "give the command without torchrun, with `train vae`, first"
+                )
+            yield Progress(stage, step, pipeline)
+
+    def card(self) -> dict:
+        """How the MAR was trained, for people."""
+        config, training, device = self.config, self.training, torch.device(self.device)
+        here = shlex.quote(str(Path(__file__).parent))
+        failed, commit = subprocess.getstatusoutput(f"git -C {here} rev-parse --short HEAD")
+        return {
+            "steps": training.step,
+            "seconds": round(training.seconds, 1),
+            "seed": self.seed,
+            "images_seen": training.step * config.training.batch_size,
+            "device": torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"CPU, {torch.get_num_threads()} threads",
+            "processes": training.world_size,
+            "torch": torch.__version__,
+            "commit": None if failed else commit,
+            "training": asdict(config.training),
+            "vae_training": config.vae_training and asdict(config.vae_training),
+        }
+
+
+def check_preset(config: Config, encoded: bool) -> None:
+    """Raises ValueError if the preset cannot be trained on images, or on encoded latents."""
+    if config.mar is None:
+        raise ValueError(f"preset {config.name!r} has no MAR to train; choose one that has")
+    if config.vae and not config.vae_training and not encoded:
+        how = "encode pictures with `mar-mini latents` and give --latents"
+        raise ValueError(f"preset {config.name!r} has no recipe for its autoencoder; {how}")
+
+
+def check_images(config: Config, images: ImageSet | Images) -> None:
+    """Raises ValueError if the images or latents do not fit the preset."""
+    mar, made_for = config.mar, f"preset {config.name!r} is made for"
+    size, side = f"{mar.img_size}x{mar.img_size} pixels", mar.img_size // mar.vae_stride
+    if not isinstance(images, ImageSet):
+        if images.shape != (latent := (mar.vae_embed_dim, side, side)):
+            how = f"encode pictures of {size} by its autoencoder"
+            raise ValueError(f"latents are {images.shape}; {made_for} {latent}; {how}")
+    elif images.images.shape[2:] != (mar.img_size, mar.img_size):
+        got = tuple(images.images.shape)
+        raise ValueError(f"images are {got}; {made_for} {size}, so resize or crop them")
+    if len(images.classes) != mar.class_num:
+        raise ValueError(f"{len(images.classes)} classes, but {made_for} {mar.class_num}")
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Means of the latents of many images, unscaled, 250 at a time."""
+    device = next(vae.parameters()).device
+    return torch.cat([vae.encode(x.to(device)).mode() for x in images.split(250)])
+
+
+# The command --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Run:
-    """What the stages of a training have in common; `data` tells one data set from another."""
+class TrainOptions:
+    """How `train` trains; what is None is the preset's own."""
 
-    config: Config
-    data: object
-    seed: int
-    device: torch.device | str
-    folder: Path | None
-    processes: Alone
-    save_every: float
-
-    def identity(self, training: Training, stage: str) -> dict:
-        """What a checkpoint must have in common with the run to be continued."""
-        config = self.config
-        models = {"vae": config.vae and asdict(config.vae)}
-        if stage == MASKED:
-            models["mar"] = asdict(config.mar)
-        return {
-            "stage": stage,
-            "data": self.data,
-            "seed": self.seed,
-            **models,
-            **settings(training),
-        }
-
-    def steps(self, training: Training, stage: str) -> Iterator[Step]:
-        """Those of a training; with a folder from its last checkpoint on."""
-        from mar_mini.run.sharded import open_checkpoints
-
-        together = stage == MASKED or self.processes.count == 1
-        if self.folder is None and together:
-            return training
-        place, identity = (self.folder or Path()) / stage.split()[0], self.identity(training, stage)
-        if together:
-            checkpoints = open_checkpoints(place, identity, self.processes)
-            return resumable(training, checkpoints, self.save_every)
-        if place.is_dir():
-            Checkpoints(place, identity).restore(training)
-        if training.used < 1:
-            raise ValueError(
-                f"there is no trained autoencoder in {place}: one process trains it, so give the "
-                "command without torchrun, until it says that it trains the MAR"
-            )
-        return training
+    config: str = "digits"  # name of the preset
+    # what to train on: a bundled name, cifar10, imagenette64 (fetched with `mar-mini data`),
+    # imagefolder:PATH, or a folder with train.parquet
+    data: str | None = None
+    latents: Path | None = None  # train the MAR on what `mar-mini latents` wrote instead
+    out: Path | None = None  # folder for the model; build/NAME if left out
+    max_minutes: float | None = None  # budget of the MAR, or with `vae` of the autoencoder
+    max_seconds: float | None = None  # the same in seconds
+    max_steps: int | None = None  # the same in steps
+    vae_minutes: float | None = None  # budget of the autoencoder that comes first
+    vae_steps: int | None = None  # the same in steps
+    # of all processes together; on latents the learning rate and the number of steps follow it
+    batch_size: int | None = None
+    learning_rate: float | None = None  # after the warm-up
+    precision: Literal["auto", "float32", "bf16"] | None = None  # auto: bf16 where it is faster
+    accumulate: int | None = None  # micro batches of a step; on a GPU as few as fit if left out
+    checkpoint_activations: bool = False  # less memory; on a GPU done anyway if nothing else fits
+    memory_gb: float | None = None  # of each device, to plan with; free memory of a GPU if left out
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # each process has the whole model, or a shard of it
+    device: str = "auto"  # auto, cpu or cuda
+    compile: bool = False  # compile models first, which takes up to a minute
+    seed: int = 0  # decides everything that is random
+    save_minutes: float = 2.0  # time between two checkpoints
+    part_minutes: float | None = None  # stop after so long; exit status 75: give the command again
+    samples: bool = True  # sample on the way and at the end, which takes long for large models
+    moments: bool = False  # keep weights on the way, as small models (up to 50 million) do anyway
+    tensorboard: bool = False  # write the losses for TensorBoard as well (if it is installed)
 
 
-def stages(config, images, labels, classes, seed, device, folder, processes, save_every):
-    """The stages of `train_pipeline`, one after the other: yields `Progress`."""
-    torch.manual_seed(seed)
-    vae, mirrored, scale, clip = None, None, 1.0, config.sampling.clip
-    latents, data = images, zlib.crc32(images.contiguous().numpy())
-    run = Run(config, data, seed, device, folder, processes, save_every)
-    if config.vae is not None:
-        vae = AutoencoderKL(**asdict(config.vae)).to(device)
-        if vae.linear_path:
-            vae.start_linear(images[:2000].to(device))
-        training = train_vae(vae, images, config.vae_training, seed=seed)
-        for step in run.steps(training, AUTOENCODER):
-            yield Progress(AUTOENCODER, step)
-        vae = training.ema.module.eval()
-        latents, mirrored = encode(vae, images), encode(vae, images.flip(-1))
-        scale = latent_scale(latents)
-        latents, mirrored = latents * scale, mirrored * scale
-        clip = float(latents.abs().max())
-    pipeline = partial(
-        Pipeline,
-        vae=vae,
-        latent_scale=scale,
-        clip=clip,
-        classes=list(classes),
-        defaults=config.sampling,
-    )
-    return (yield from masked(run, InMemory(latents.to(device), labels, mirrored), pipeline))
+def train(what: Literal["mar", "vae"] = "mar", *, options: TrainOptions = TrainOptions()) -> int:
+    """Train a preset and save the model, its card and a grid of samples in a folder.
+
+    What was begun in that folder is continued, to the same bits on the same kind of CPU. Ctrl-C
+    saves and says how to go on. Under torchrun each process computes some rows of every batch.
+
+    Args:
+        what: mar, with the autoencoder first where the preset has one; or vae, that alone.
+    """
+    minutes = options.part_minutes
+    until = None if minutes is None else time.monotonic() + 60 * minutes
+    config, device = configured(what, options), own_device(options.device)
+    if options.tensorboard and not find_spec("tensorboard"):
+        raise ValueError("TensorBoard is not installed; run: pip install tensorboard")
+    out = Path(options.out or Path("build") / config.name)
+    with join(options.strategy, device) as kind:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        if what == "mar":
+            config = planned(config, options, device)
+        if options.latents is not None:
+            images, source, checksum = LatentShards(options.latents), options.latents, "data_crc32"
+        else:
+            source, checksum = options.data or config.data, "data_md5"
+            images = open_images(source, "train", config.mar.img_size)
+        how = {"seed": options.seed, "compiled": options.compile, "what": what, "kind": kind}
+        how |= {"save_every": 60 * options.save_minutes, "until": until, "folder": out / "state"}
+        run = TrainingRun(config, images, device=device, **how)
+        small = options.samples and parameters(config) <= SMALL
+        keep = kind is Training and (small or options.moments)  # else others would wait for it
+        try:
+            if rank == 0:
+                watch(run, out, MOMENTS if keep else (), options.tensorboard)
+            deque(run, maxlen=0)
+        except Interrupted as stopped:
+            if minutes is None:
+                raise
+            print(stopped)
+            return GO_ON
+    if rank == 0 and what == "vae":
+        print(f"saved in {out}: vae.safetensors; next: mar-mini train mar --config {config.name}")
+    elif rank == 0:
+        command = shlex.join(["mar-mini", *sys.argv[1:]])
+        run.pipeline.card |= {"data": str(source), checksum: images.checksum, "command": command}
+        run.pipeline.save(out, run.config)
+        if options.samples:
+            from mar_mini.viz.figures import image_grid, save_figure
+
+            grid = run.pipeline.generate([i % len(images.classes) for i in range(40)])
+            save_figure(image_grid(grid, columns=10), out / "samples.png")
+        made = "config.json, mar.safetensors" + ", samples.png" * options.samples
+        print(f"saved in {out}: {made}")
+    return 0
 
 
-def masked(run: Run, images: Images, pipeline: Callable[..., Pipeline]) -> Iterator[Progress]:
-    """The stage that trains the MAR: yields `Progress`, returns the pipeline."""
-    config = run.config
-    mar = MAR(**asdict(config.mar)).to(run.device)
-    training = train_on(mar, images, config.training, seed=run.seed, processes=run.processes)
-    for step in run.steps(training, MASKED):
-        yield Progress(MASKED, step, pipeline)
-    card = {
-        "steps": training.step,
-        "seconds": round(training.seconds, 1),
-        "seed": run.seed,
-        "images_seen": training.step * config.training.batch_size,
-        "device": hardware(run.device),
-        "torch": torch.__version__,
-        "commit": commit(),
-        "training": asdict(config.training),
-    }
-    if run.processes.count > 1:
-        card["processes"] = run.processes.count
-    if config.vae_training is not None:
-        card["vae_training"] = asdict(config.vae_training)
-    return pipeline(averaged(training, config), card=card)
+def configured(what: str, options: TrainOptions) -> Config:
+    """The preset with what the options change. Raises ValueError if it cannot be trained so."""
+    config, encoded = get_config(options.config), options.latents is not None
+    check_preset(config, encoded)
+    if what == "vae" and encoded:
+        raise ValueError("latents are what an autoencoder made; train it on --data")
+    if what == "vae" and not config.vae:
+        raise ValueError(f"preset {config.name!r} has no autoencoder; its tokens are pixels")
+    if encoded and options.batch_size is not None:
+        config = replace(config, training=for_batch_size(config.training, options.batch_size))
+    names = ("batch_size", "learning_rate", "precision", "accumulate")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    own, minutes = f"{'vae_' * (what == 'vae')}training", options.max_minutes
+    own_seconds = options.max_seconds if minutes is None else 60 * minutes
+    vae_seconds = options.vae_minutes and 60 * options.vae_minutes
+    for stage, steps, seconds, changes in (
+        ("vae_training", options.vae_steps, vae_seconds, {}),
+        (own, options.max_steps, own_seconds, given),
+    ):
+        if steps is not None or seconds is not None:
+            changes |= {"max_steps": steps, "max_seconds": seconds}
+        if training := getattr(config, stage):
+            config = replace(config, **{stage: replace(training, **changes)})
+    return config
 
 
-def averaged(training: Training, config: Config) -> MAR:
-    """The MAR with averaged weights, whole; all processes have to ask for it together."""
-    if type(training.processes) is Alone:
-        return training.ema.module.eval()
-    mar = MAR(**asdict(config.mar)).eval()
-    state = training.ema.module.state_dict()
-    mar.load_state_dict({name: training.processes.whole(x).cpu() for name, x in state.items()})
-    return mar
+def planned(config: Config, options: TrainOptions, device: torch.device) -> Config:
+    """The preset with its step cut into the fewest micro batches that fit into each device.
+
+    A CPU is not planned for, unless the options say what it has. Raises ValueError, with what would
+    fit, before a run that cannot.
+    """
+    memory, training = options.memory_gb and 1e9 * options.memory_gb, config.training
+    if memory is None and device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[0]
+    known, precision = in_all(lambda rank, size: memory), training.precision
+    if None in known:
+        mar = replace(config.mar, grad_checkpointing=options.checkpoint_activations)
+        return replace(config, mar=mar)
+    if precision == "auto" and not multiplies_bf16(device):
+        precision = "float32"
+    dtype = "float32" if precision == "float32" else "bfloat16"
+    processes, memory = len(known), ROOM * min(known)
+    sharded = options.strategy == "fsdp"
+    share = max(1, training.batch_size // processes)
+    cuts = [n for n in range(1, share + 1) if share % n == 0 and n == (options.accumulate or n)]
+    for checkpointing in (True,) if options.checkpoint_activations else (False, True):
+        mar = replace(config.mar, grad_checkpointing=checkpointing)
+        need = training_memory(mar, 16, dtype=dtype, shards=processes if sharded else 1)
+        most = largest_batch(need, 16, memory)
+        if fitting := [cut for cut in cuts if share // cut <= most]:
+            return replace(config, mar=mar, training=replace(training, accumulate=fitting[0]))
+    how = {"precision": precision, "world_size": processes, "strategy": options.strategy}
+    check_fits(config, share // training.accumulate, memory, **how)
+    return config
 
 
-# shares of a run at which samples are looked at, closer together where more happens
-MOMENTS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+def watch(
+    run: TrainingRun, folder: Path, moments: tuple[float, ...] = MOMENTS, tensorboard: bool = False
+) -> None:
+    """Take all steps of a run behind a progress bar, and leave its course in a folder.
 
-
-def recorded(
-    run: Iterator[Progress], folder: Path, moments: tuple[float, ...] = MOMENTS
-) -> Iterator[Progress]:
-    """A `train_pipeline` that leaves its course in a folder; yields and returns what that does.
-
-    history_STAGE.json  means of all terms, about 200 rows a stage, see `runs.History`
+    history_STAGE.json  means of all terms, about 200 rows a stage, see `state.History`; and a .png
     moments/, grids/    at some shares of the MAR's budget: averaged and raw weights (bfloat16), and
-                        samples of both, from the same seeds
+                        64 samples of both, from the same seeds
     vae.safetensors     the autoencoder, as soon as it is trained
 
-    The card of the pipeline gets the losses of the last row.
+    Where nobody sees the bar, each row is printed. The card gets the losses of the last one.
     """
-    history, stage = None, None
-    while True:
-        try:
-            progress = next(run)
-        except StopIteration as end:
-            if history is not None:
-                last, terms = history.rows[-1], ("loss", "mse", "vb")
-                end.value.card["losses"] = {name: round(last[name], 4) for name in terms}
-            return end.value
+    from tqdm import tqdm
+
+    stage = writer = None
+    if tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(folder / "tensorboard")
+    bar = tqdm(disable=None, bar_format="{percentage:3.0f}%|{bar}| {postfix}, {remaining} left")
+    for progress in run:
+        step, terms = progress.step, progress.step.terms
         if progress.stage != stage:
             stage = progress.stage
             history = History(folder / f"history_{stage.split()[0]}.json")
-        step, before = progress.step, history.rows[-1]["progress"] if history.rows else 0.0
+            own = run.training.config
+            bar.write(
+                f"training the {stage} from step {step.step}: batch size {own.batch_size} = "
+                f"{run.training.world_size} processes x {own.accumulate} micro batches, "
+                f"learning rate {own.learning_rate:.3g}, {own.max_steps or 'any number of'} steps"
+            )
+        line = ", ".join(f"{name} {value:.4f}" for name, value in terms.items())
+        line = f"step {step.step}, {step.images_seen / step.seconds:.0f} images/s, {line}"
+        bar.total = round(step.step / step.progress)
+        bar.set_postfix_str(line, refresh=False)
+        bar.update(step.step - bar.n)
+        if writer is not None:
+            for name, value in (*terms.items(), ("learning rate", step.learning_rate)):
+                writer.add_scalar(f"{stage}/{name}", value, step.step)
+        before = history.rows[-1]["progress"] if history.rows else 0.0
         if history.add(step):
             history.save()
+            if bar.disable:
+                print(f"{step.progress:4.0%}, {line}", flush=True)
+            if int(10 * before) < int(10 * step.progress) and find_spec("matplotlib"):
+                draw(history, terms)
             if stage == MASKED and any(before < m <= step.progress for m in moments):
                 keep_moment(progress, folder)
         if stage == AUTOENCODER and step.progress == 1.0:
             save_weights(step.ema, folder / "vae.safetensors", torch.bfloat16)
-        yield progress
+    bar.close()
+    if writer is not None:
+        writer.close()
+    rows = History(folder / f"history_{MASKED.split()[0]}.json").rows
+    if run.pipeline is not None and rows:
+        run.pipeline.card["losses"] = {k: round(rows[-1][k], 4) for k in ("loss", "mse", "vb")}
+
+
+def draw(history: History, terms) -> None:
+    """The terms of a history as a figure beside it."""
+    from mar_mini.viz.figures import curves, save_figure
+
+    seen = [row["images_seen"] for row in history.rows]
+    lines = {name: (seen, [row[name] for row in history.rows]) for name in terms}
+    figure = curves(lines, xlabel="images seen", ylabel="loss", logy=True)
+    save_figure(figure, history.path.with_suffix(".png"))
 
 
 def keep_moment(progress: Progress, folder: Path) -> None:
     """Averaged and raw weights of one step, and 64 samples of both from the same seeds."""
-    step = progress.step
-    for name, model in (("average", step.ema), ("raw", step.model)):
-        pipeline = progress.pipeline(model)
+    for kind, model in (("average", progress.step.ema), ("raw", progress.step.model)):
+        pipeline, name = progress.pipeline(model), f"{kind}-{progress.step.step:07d}"
         labels = torch.arange(64) % len(pipeline.classes)
         images = pipeline.generate(labels, generator=torch.Generator().manual_seed(0))
-        save_sheet(images, folder / "grids" / f"{name}-{step.step:07d}.png")
-        weights = folder / "moments" / f"{name}-{step.step:07d}.safetensors"
-        weights.parent.mkdir(exist_ok=True)
-        save_weights(model, weights, torch.bfloat16)
-
-
-def save_sheet(images: Float[Tensor, "N C H W"], path: Path, columns: int = 8) -> None:
-    """Images in [0, 1] as one PNG, pixel for pixel, row after row."""
-    rows = images.expand(-1, 3, -1, -1).unflatten(0, (-1, columns))  # (R, K, 3, H, W)
-    sheet = rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (R * H, K * W, 3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray((sheet * 255).round().byte().cpu().numpy().astype(np.uint8))
-    write_atomically(path, lambda temporary: picture.save(temporary, format="png"))
-
-
-def hardware(device: torch.device | str) -> str:
-    """What a training ran on, for its card."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def commit() -> str | None:
-    """The commit of the code, where it is a git repository."""
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parent,
-        )
-    except OSError:
-        return None
-    return done.stdout.strip() or None
-
-
-def settings(training: Training) -> dict:
-    """What a run must have in common with its checkpoints: what its losses depend on.
-
-    Not the budget, which may grow.
-    """
-    free = ("max_steps", "max_seconds", "accumulate")
-    return {k: v for k, v in asdict(training.config).items() if k not in free}
-
-
-@torch.no_grad()
-def encode(
-    vae: AutoencoderKL, images: Float[Tensor, "N C H W"], batch_size: int = 250
-) -> Float[Tensor, "N D H2 W2"]:
-    """The means of the latents of many images, unscaled, a batch at a time."""
-    device = next(vae.parameters()).device
-    with evaluating(vae):
-        return torch.cat([vae.encode(x.to(device)).mode() for x in images.split(batch_size)])
-
-
-# The command -------------------------------------------------------------------------------------
-
-
-def train(
-    what: Literal["mar", "vae"] = "mar",
-    *,
-    config: str = "digits",
-    out: Path | None = None,
-    max_minutes: float | None = None,
-    max_seconds: float | None = None,
-    max_steps: int | None = None,
-    data: str | None = None,
-    latents: Path | None = None,
-    seed: int = 0,
-    compile: bool = False,
-    device: str = "auto",
-    tensorboard: bool = False,
-    samples: bool = True,
-) -> int:
-    """Train a preset and save the model, its card and a grid of samples in a folder.
-
-    What was begun in that folder is continued, to the same bits on the same kind of CPU. Ctrl-C
-    saves and says how to go on.
-
-    Args:
-        what: mar, with the autoencoder first where the preset has one; or vae, that alone.
-        config: name of the preset.
-        out: folder for the model; build/NAME by default.
-        max_minutes: budget of the MAR in minutes; the preset's by default.
-        max_seconds: the same in seconds.
-        max_steps: budget of the MAR in steps instead.
-        data: what to train on: a bundled name, cifar10, imagenette64 (fetched with `mar-mini
-            data`), imagefolder:PATH, or a folder with train.parquet; the preset's by default.
-        latents: train the MAR on what `mar-mini latents` wrote instead.
-        seed: decides everything that is random.
-        compile: compile the model first, which takes up to a minute.
-        device: auto, cpu or cuda.
-        tensorboard: write the course of the training for TensorBoard as well (if it is installed).
-        samples: sample on the way and at the end, which takes long for large models.
-    """
-    import torch
-
-    from mar_mini.configs import get_config
-    from mar_mini.data import normalise
-    from mar_mini.run.latents import LatentShards
-    from mar_mini.run.sources import open_images
-    from mar_mini.viz.figures import image_grid, save_figure
-
-    preset = get_config(config)
-    if what == "vae" and latents is not None:
-        raise ValueError("latents are what an autoencoder made; train it on --data")
-    side = trainable(preset).img_size if latents is None else None
-    if max_minutes is not None:
-        max_seconds = 60 * max_minutes
-    stage = "vae_training" if what == "vae" else "training"
-    if getattr(preset, stage) is None:
-        raise ValueError(f"preset {config!r} has no autoencoder; its tokens are pixels")
-    if max_seconds is not None or max_steps is not None:
-        budget = replace(getattr(preset, stage), max_seconds=max_seconds, max_steps=max_steps)
-        preset = replace(preset, **{stage: budget})
-    if compile:
-        preset = compiled(preset)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = out or Path("build") / preset.name
-    common = {"seed": seed, "device": device, "folder": folder / "state"}
-    if latents is not None:
-        encoded = LatentShards(latents)
-        steps = train_latents(preset, encoded, **common)
-        preset = replace(preset, vae=encoded.autoencoder()[1])
-        origin = {"data": str(latents), "data_crc32": encoded.checksum}
-    else:
-        images = open_images(data or preset.data, "train", side)
-        steps = train_pipeline(
-            preset, normalise(images.images), images.labels, images.classes, **common
-        )
-        origin = {"data": data or preset.data, "data_md5": images.checksum}
-    last = AUTOENCODER if what == "vae" else None
-    steps = recorded(steps, folder, MOMENTS if samples else ())
-    pipeline = watched(steps, folder, last, tensorboard)
-    if what == "vae":
-        print(f"saved in {folder}: vae.safetensors; next: mar-mini train mar --config {config}")
-        return 0
-    pipeline.card.update(origin)
-    pipeline.save(folder, preset)
-    if not samples:
-        print(f"saved in {folder}: config.json, mar.safetensors")
-        return 0
-    grid = pipeline.generate([i % len(pipeline.classes) for i in range(40)])
-    save_figure(image_grid(grid, columns=10), folder / "samples.png")
-    print(f"saved in {folder}: config.json, mar.safetensors, samples.png")
-    return 0
-
-
-def compiled(preset):
-    """That preset with all that it trains compiled first."""
-    stages = {"training": preset.training, "vae_training": preset.vae_training}
-    return replace(
-        preset, **{name: replace(stage, compile=True) for name, stage in stages.items() if stage}
-    )
-
-
-def watched(run, folder: Path, last_stage: str | None = None, tensorboard: bool = False):
-    """Run a training behind a progress bar, its history drawn as it goes on.
-
-    Returns what the training returns; nothing if it is left at the end of `last_stage`.
-    """
-    from tqdm import tqdm
-
-    from mar_mini.viz.figures import curves, save_figure
-
-    bar = stage = None
-    writer, drawn = summary_writer(folder) if tensorboard else None, 0
-    try:
-        while True:
-            try:
-                progress = next(run)
-            except StopIteration as end:
-                return end.value
-            step = progress.step
-            if progress.stage != stage:
-                if bar is not None:
-                    bar.close()
-                stage, drawn = progress.stage, 0
-                bar = tqdm(total=100, bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}")
-                bar.set_description_str(f"training the {stage}")
-            if int(10 * step.progress) > drawn:
-                drawn = int(10 * step.progress)
-                path = folder / f"history_{stage.split()[0]}.json"
-                rows = json.loads(path.read_text())
-                seen = [row["images_seen"] for row in rows]
-                lines = {name: (seen, [row[name] for row in rows]) for name in step.terms}
-                figure = curves(lines, xlabel="images seen", ylabel="loss", logy=True)
-                save_figure(figure, path.with_suffix(".png"))
-            if writer is not None:
-                for name, value in (*step.terms.items(), ("learning rate", step.learning_rate)):
-                    writer.add_scalar(f"{stage}/{name}", value, step.step)
-            bar.n = round(100 * step.progress)
-            rate, left = step.images_seen / step.seconds, step.seconds * (1 / step.progress - 1)
-            bar.set_postfix_str(f"loss {step.loss:.3f}, {rate:.0f} images/s, {left:.0f} s left")
-            if stage == last_stage and step.progress == 1.0:
-                return None
-    finally:
-        run.close()
-        if bar is not None:
-            bar.close()
-        if writer is not None:
-            writer.close()
-
-
-def summary_writer(folder: Path):
-    """TensorBoard's. Raises ValueError if it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError("TensorBoard is not installed; run: pip install tensorboard") from error
-    return SummaryWriter(folder / "tensorboard")
+        sheet = rearrange(images.expand(-1, 3, -1, -1), "(r k) c h w -> (r h) (k w) c", k=8)
+        picture = Image.fromarray((sheet * 255).round().byte().cpu().numpy())
+        for part in ("grids", "moments"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "grids" / f"{name}.png", partial(picture.save, format="png"))
+        save_weights(model, folder / "moments" / f"{name}.safetensors", torch.bfloat16)

@@ -75,18 +75,10 @@ def serve(
     theme      "light" or "dark"
     arguments  further ones of Voila
     """
-    command = [
-        "voila",
-        str(write_page(page)),
-        "--template=mar_mini",
-        f"--Voila.ip={ip}",
-        f"--port={port}",
-        f"--theme={theme}",
-        *(["--token"] if token else []),
-        f"--VoilaConfiguration.extension_denylist={UNUSED}",
-        *arguments,
-    ]
-    return run_jupyter(command, page.parent)
+    page = write_page(page.resolve())  # Voila runs in its folder
+    options = [f"--Voila.ip={ip}", f"--port={port}", f"--theme={theme}", *arguments]
+    options += [f"--VoilaConfiguration.extension_denylist={UNUSED}", *["--token"] * token]
+    return run_jupyter(["voila", str(page), "--template=mar_mini", *options], page.parent)
 
 
 # The command -------------------------------------------------------------------------------------
@@ -109,6 +101,5 @@ def app(
         token: only those who know the printed address may open it.
         theme: of the page.
     """
-    return serve(
-        Path("build") / "app.ipynb", ip=ip, port=port, token=token, theme=theme, arguments=arguments
-    )
+    page = Path("build") / "app.ipynb"
+    return serve(page, ip=ip, port=port, token=token, theme=theme, arguments=arguments)

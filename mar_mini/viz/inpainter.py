@@ -3,7 +3,6 @@
 import io
 
 import ipywidgets
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from PIL import Image, UnidentifiedImageError
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 
 from mar_mini.checkpoints import ImageFrame, Pipeline
 from mar_mini.data import load_images, to_tensors
-from mar_mini.run.sources import square
+from mar_mini.run.images import center_crop
 from mar_mini.viz.canvas import STYLE, WIDE, slider
 from mar_mini.viz.theatre import GenerationTheatre
 
@@ -84,7 +83,7 @@ class Inpainter(GenerationTheatre):
         super().__init__(pipeline, seed=seed)
         mar = self.pipeline.mar
         blank = torch.zeros(1, mar.seq_len, mar.token_embed_dim)
-        self.shape = tuple(self.pipeline.to_images(blank).shape[1:])
+        self.shape = tuple(self.pipeline.decode(blank).shape[1:])
         if tuple(images.shape[1:]) != self.shape:
             wanted = ", ".join(map(str, self.shape))
             raise ValueError(f"images are {tuple(images.shape)}; expected (N, {wanted})")
@@ -129,7 +128,7 @@ class Inpainter(GenerationTheatre):
         """Make this the picture; its tokens are computed if they are not given."""
         self._generation.stop()
         self.image = image
-        self.tokens = self.pipeline.to_tokens(image[None]) if tokens is None else tokens
+        self.tokens = self.pipeline.encode(image[None]) if tokens is None else tokens
         self.frames, self._history, self._keep.disabled = [], [], True
         with self.canvas.hold_sync():
             self.canvas.mode, self.canvas.message = "paint", ""
@@ -151,10 +150,10 @@ class Inpainter(GenerationTheatre):
         with self.complaints():
             try:
                 with Image.open(io.BytesIO(content)) as picture:
-                    pixels = square(picture, self.shape[-1])
+                    pixels = center_crop(picture, self.shape[-1])
             except (UnidentifiedImageError, OSError, SyntaxError) as error:
                 raise ValueError(f"{name} cannot be read as a picture; try PNG or JPEG") from error
-            image = torch.from_numpy(np.ascontiguousarray(pixels)) / 255
+            image = pixels / 255
             self.take(image if self.shape[0] == 3 else image.mean(0, keepdim=True))
 
     def _generate_one(self) -> None:

@@ -8,8 +8,8 @@ import ipywidgets
 import torch
 from torch import Tensor
 
-from mar_mini import masking
-from mar_mini.checkpoints import ImageFrame, Pipeline, load_pretrained
+from mar_mini import load_pretrained, masking
+from mar_mini.checkpoints import ImageFrame, Pipeline
 from mar_mini.sampling import CFG_SCHEDULES
 from mar_mini.viz.canvas import STYLE, WIDE, Panel, TokenCanvas, slider
 

@@ -138,7 +138,7 @@ assert ratio[16] > 2 * ratio[1], "tokens of sixteen steps should agree"
 
 # %%
 photograph, label = photographs[classes == 8][4:5] / 255, torch.tensor([8])
-tokens = cifar.to_tokens(photograph)                      # (1, 16, 64)
+tokens = cifar.encode(photograph)                      # (1, 16, 64)
 latent = cifar.mar.unpatchify(tokens)                     # (1, 16, 8, 8)
 mask = torch.arange(16)[None] >= 8                        # True: hidden
 with torch.no_grad():
@@ -168,7 +168,7 @@ whole = cifar.generate(label, tokens=tokens, known=~mask, num_iter=8, cfg=1.0,
 stations = {
     "pixels": photograph[0], "latent (3 of 16)": blocks(latent[0, :3], 8, 8),
     "half its tokens": hide(photograph[0], mask), "z of the next": blocks(z[0, 0], 8, 16),
-    "next token": hide(cifar.to_images(one_more)[0], still), "all tokens": whole[0],
+    "next token": hide(cifar.decode(one_more)[0], still), "all tokens": whole[0],
 }
 fig.show(fig.image_grid(
     torch.stack(list(stations.values())), columns=6, titles=list(stations),

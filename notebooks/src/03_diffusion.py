@@ -23,9 +23,9 @@ import os
 
 import torch
 
-from mar_mini import DiffLoss, Diffusion, solvers
+from mar_mini import DiffLoss, Diffusion
 from mar_mini.checks import diffusion as check
-from mar_mini.diffusion import ReverseStep
+from mar_mini.diffusion import ReverseStep, ddpm
 from mar_mini.viz import figures as fig
 
 seed = int(os.environ.get("MAR_MINI_SEED", 0))
@@ -90,7 +90,7 @@ def watched(x: torch.Tensor, i: int) -> torch.Tensor:
     return exact(x, i, full)
 
 
-solvers.ddpm(watched, full, draw=lambda: draw(1000), temperature=1.0, clip=None)
+ddpm(watched, full, draw=lambda: draw(1000), temperature=1.0, clip=None)
 there |= {f"back at t = {t}": back[f"back at t = {t}"] for t in (0, 250, 500, 750, 999)}
 alt = "Five clusters dissolve into noise; below, noise becomes five clusters"
 fig.show(fig.planes(there, limit=2.5, columns=5, alt=alt))
@@ -346,7 +346,7 @@ p_sample = check.p_sample(p_sample)
 # {{solution p_sample}}
 #
 # From here on your functions do the work: a `Diffusion` with your steps, walked by the package's
-# `solvers.ddpm`, which calls `p_sample` from the last level to the first. It is given the network
+# `diffusion.ddpm`, which calls `p_sample` from the last level to the first. It is given the network
 # (`denoise`), the diffusion, a source of normal noise, the temperature and `clip`.
 
 # %%
@@ -361,7 +361,7 @@ def sample(steps, output=exact, *, last=999, n=3000, temperature=1.0, clip=None)
         return output(x, i, diffusion)
 
     with torch.no_grad():
-        return solvers.ddpm(denoise, diffusion, lambda: draw(n), temperature, clip)
+        return ddpm(denoise, diffusion, lambda: draw(n), temperature, clip)
 
 
 panels = {"true": true_samples(3000)} | {f"{n} steps": sample(n) for n in (5, 10, 25, 100)}
@@ -673,9 +673,9 @@ assert unavoidable > 0.75 * losses[0], "most of the loss is nobody's fault"
 #
 # ## Going further
 #
-# 1. Put `solvers.ddim` or `solvers.dpm_solver` in the place of `ddpm` in `sample`; they take the
+# 1. Put `diffusion.ddim` or `fast.dpm_solver` in the place of `ddpm` in `sample`; they take the
 #    same arguments. Which needs the fewest steps? Give them `last=980`
-#    (`solvers.FIRST_TIMESTEP`); you know why.
+#    (`diffusion.DETERMINISTIC_START`); you know why.
 # 2. Round the exact noise to `bfloat16` and back. Does it explode?
 # 3. Which bound is too tight? Try `clip` from 0.3 to 3 and measure the energy distance.
 # 4. Open: the gain comes from predicting the *noise*. What else could a network predict at t = 999?
@@ -694,7 +694,7 @@ assert unavoidable > 0.75 * losses[0], "most of the loss is nobody's fault"
 # | $p(x_{t-1} \mid x_t)$, $v$ | `Diffusion.p_mean_variance` | `diffusion` |
 # | temperature | `Diffusion.p_sample` | `diffusion` |
 # | steps | `Diffusion(num_steps).timestep_map` | `diffusion` |
-# | the walk back | `ddpm`, `ddim`, `dpm_solver` | `solvers` |
+# | the walk back | `ddpm`, `ddim`; `dpm_solver` | `diffusion`; `fast` |
 # | $\varepsilon_\theta$ | `SimpleMLPAdaLN`, `DiffLoss` | `diffloss` |
 #
 # The next chapter needs the head: it gets a condition, `z`, so that it draws the token that fits.

@@ -30,8 +30,7 @@ from torch import nn
 from mar_mini import data
 from mar_mini.checks import diffloss as check
 from mar_mini.diffloss import DiffLoss, draw_noise
-from mar_mini.diffusion import Diffusion
-from mar_mini.solvers import SOLVERS
+from mar_mini.diffusion import SOLVERS, Diffusion
 from mar_mini.transformer import LAYER_NORM_EPS
 from mar_mini.viz import figures as fig
 
@@ -416,7 +415,7 @@ def best_noise(x_t, t, angle, spread=SPREAD):
 
 # %% [markdown]
 # One big test set, and three sets of errors on the same tokens: of a perfect head, of yours early,
-# of yours now. `head.rows` gives the values of `loss` for each token, not their mean.
+# of yours now. `head.token_terms` gives the values of `loss` for each token, not their mean.
 
 # %%
 N = 200_000
@@ -427,7 +426,7 @@ noisy = diffusion.q_sample(test, test_t, test_noise)
 perfect = (test_noise - best_noise(noisy, test_t, test_angle)).square().mean(1)
 with torch.no_grad():
     early, now = (
-        model.rows(test, condition(test_angle), t=test_t, noise=test_noise)["mse"]
+        model.token_terms(test, condition(test_angle), t=test_t, noise=test_noise)["mse"]
         for model in (early_head, head)
     )
 

@@ -48,7 +48,7 @@ pipeline = load_pretrained("cifar10")
 model, L = pipeline.mar, pipeline.mar.seq_len
 images, labels = data.to_tensors(data.load_images("cifar10_mini", "test"))
 images, labels = data.denormalise(data.normalise(images[:200])), labels[:200]
-tokens = pipeline.to_tokens(images)  # (B, L, 64)
+tokens = pipeline.encode(images)  # (B, L, 64)
 mask = masking.mask_by_order(masking.random(4, 4, len(tokens), generator), L // 2)
 
 # %% [markdown]
@@ -508,7 +508,7 @@ def exchanged(model, tokens, labels):
 
 # %% tags=["claim"]
 test_images, test_labels = data.to_tensors(data.load_images("digits", "test"))
-test_tokens = digits.to_tokens(data.denormalise(data.normalise(test_images[:200])))
+test_tokens = digits.encode(data.denormalise(data.normalise(test_images[:200])))
 moved = exchanged(digits.mar, test_tokens, test_labels[:200])
 print("digits:      other buffer rows {:.2f}, other known rows {:.2f}".format(*moved))
 assert 0.3 < moved[0] < 0.95

@@ -472,7 +472,7 @@ def jumps(images):
 
 real, real_labels = data.to_tensors(data.load_images("cifar10_mini", "test"))
 real = data.denormalise(data.normalise(real))  # bytes -> [-1, 1] -> [0, 1]
-tokens = photos.to_tokens(real[:300])
+tokens = photos.encode(real[:300])
 unit = jumps(real)[0].mean()
 
 # %% tags=["claim"]
@@ -484,7 +484,7 @@ ways = {"real": None, "rebuilt by the autoencoder": None, "1 step": (1,), "2 ste
 for name, way in ways.items():
     cfg = 4.5 if "guidance" in name else 1.0
     pictures = (photographs(*way, repeats=6, cfg=cfg, temperature=1.0, num_sampling_steps=25) if way
-                else real if name == "real" else photos.to_images(tokens))
+                else real if name == "real" else photos.decode(tokens))
     border, inside = (x / unit for x in jumps(pictures))
     depth[name], error[name] = float(border.mean()), float(border.std()) / len(border) ** 0.5
     print(f"{name:26} borders {depth[name]:5.2f} ± {error[name]:.2f}, inside {inside.mean():.2f}")
@@ -626,7 +626,7 @@ def guess_errors(pipeline, tokens, labels, t=850):
 # %% tags=["claim"]
 # known tokens help the photographs, most of all the first; the digits hardly
 test_images, test_labels = data.to_tensors(data.load_images("digits", "test"))
-test_tokens = digits.to_tokens(data.denormalise(data.normalise(test_images[:300])))
+test_tokens = digits.encode(data.denormalise(data.normalise(test_images[:300])))
 errors = {
     "digits, trained from 0.7": guess_errors(digits, test_tokens, test_labels[:300]),
     "photographs, trained from 0.3": guess_errors(photos, tokens, real_labels[:300]),

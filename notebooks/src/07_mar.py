@@ -43,7 +43,7 @@ from mar_mini.checks.earlier import own
 from mar_mini.course.symptoms import STATES, Evidence, small_digits, stored_evidence, symptoms
 from mar_mini.data import batch_indices, step_generator
 from mar_mini.diffloss import DiffLoss
-from mar_mini.mar import MAR, Drawn
+from mar_mini.mar import MAR, StepDraws
 from mar_mini.training import learning_rate, parameter_groups, train_mar
 from mar_mini.viz import figures as fig
 
@@ -154,9 +154,9 @@ assert abs(mine - package) < 1e-4 * package  # the rounding of float32
 # 3. encode the known tokens, (B, known + buffer, E), decode to a `z` for each hidden place,
 # 4. let the head compare: how well does $p(x | z)$ fit the hidden token $x$?
 #
-# Everything random in it is drawn before, as a `Drawn` from `model.draw(batch_size, generator)`: so
-# a loss can be computed twice, and compared. *Predict first:* why were there, above, twice as many
-# timesteps as hidden tokens?
+# Everything random in it is drawn before, as `StepDraws` from `model.draw(batch_size, generator)`:
+# so a loss can be computed twice, and compared. *Predict first:* why were there, above, twice as
+# many timesteps as hidden tokens?
 #
 # <details><summary>Answer</summary>
 #
@@ -174,7 +174,7 @@ assert abs(mine - package) < 1e-4 * package  # the rounding of float32
 
 # %%
 def training_loss(
-    model: MAR, latents: torch.Tensor, labels: torch.Tensor, *, drawn: Drawn
+    model: MAR, latents: torch.Tensor, labels: torch.Tensor, *, drawn: StepDraws
 ) -> torch.Tensor:
     """The loss of one batch: hide tokens, predict each from the rest.
 
@@ -809,7 +809,7 @@ for name, number in numbers.items():
 # Photographs take more than a minute. `data/weights/cifar10` has the history of one training on one
 # core, 142 minutes long, and five for its autoencoder before. It is *stored*, made by
 #
-#     python recipes/train.py --data cifar10 --config cifar10 --out build/cifar10 --minutes 142
+#     mar-mini train --data cifar10 --config cifar10 --out build/cifar10 --max-minutes 142
 #     python recipes/history.py build/cifar10
 #
 # The second command draws samples at 20 moments and measures their Fréchet distance to the training
@@ -898,9 +898,9 @@ fig.show(fig.filmstrip(list(pipeline.sample([0], order=my_order, generator=seede
 # | symbol | in code | module |
 # |---|---|---|
 # | training loss | `MAR.forward` | `mar` |
-# | all that is random in it | `MAR.draw`, `Drawn` | `mar` |
+# | all that is random in it | `MAR.draw`, `StepDraws` | `mar` |
 # | $\bar w$, $k$ | `ema_step`, `averaging` | `training` |
-# | one step | `training_step`, `optimise` | `training` |
+# | one step | `training_step`, `Training` | `training` |
 # | a whole training | `train_mar`, `Training` | `training` |
 #
 # The next chapter needs a trained model, and asks more of it: guidance, temperature, in-painting.

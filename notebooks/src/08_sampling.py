@@ -29,8 +29,8 @@ from tqdm.auto import tqdm
 
 from mar_mini import data, evaluation, load_pretrained, masking
 from mar_mini.checks import sampling as check
-from mar_mini.judge import features
-from mar_mini.sampling import FAST
+from mar_mini.fast import FAST, dpm_solver
+from mar_mini.judge import features, statistics
 from mar_mini.viz import GenerationTheatre, Inpainter
 from mar_mini.viz import figures as fig
 
@@ -196,7 +196,7 @@ FLOOR = table["real test images"]["distance"]
 stored = np.load(data.data_dir() / "reference/cifar10_samples.npz")["images"]
 pictures, network = torch.from_numpy(stored).float() / 255, features.load_features()
 found = torch.cat([features.features_of(network, part) for part in tqdm(pictures.split(100))])
-reference = evaluation.Reference.load(data.data_dir() / "reference/cifar10.safetensors")
+reference = statistics.Reference.load(data.data_dir() / "reference/cifar10.safetensors")
 low, high = evaluation.bootstrap(
     lambda rows: reference.distance(found[rows]), len(found), rounds=300, generator=seeded()
 )
@@ -377,7 +377,7 @@ plot({"iterations": {"4": "4 iterations", "8": "8 iterations", "16": "default"}}
 
 # %%
 few = {f"DDPM {n}": {"num_sampling_steps": n} for n in (5, 10, 50)}
-grid(classes, few | {"DPM-S. 10": {"num_sampling_steps": 10, "solver": "dpm_solver"}})
+grid(classes, few | {"DPM-S. 10": {"num_sampling_steps": 10, "solver": dpm_solver}})
 steps = {"10": "10 diffusion steps", "25": "25 diffusion steps", "50": "default",
          "100": "100 diffusion steps"}
 plot({"DDPM": steps, "DDPM, fewer later": {"50 to 5": "50 to 5 diffusion steps"},
@@ -476,7 +476,7 @@ def paint(model, labels, tokens, known, num_iter, cfg, generator, **settings):
 
 # %%
 chosen = (kind == 7).nonzero().flatten()[:20]  # horses
-photo, given = real[chosen], photos.to_tokens(real[chosen])
+photo, given = real[chosen], photos.encode(real[chosen])
 known = torch.ones(len(chosen), 4, 4, dtype=torch.bool)
 known[:, 1:3, 1:3] = False
 known = known.flatten(1)  # (B, L)
@@ -486,7 +486,7 @@ names, settings = kind[chosen], {"num_iter": 4, "cfg": 4.5, "temperature": 0.95}
 filled = [paint(photos.mar, names, given, known, generator=seeded(5 + i), clip=photos.clip,
                 **settings) for i in range(3)]
 hidden = ~known.view(-1, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
-columns = [photo, torch.where(hidden, 0.85, photo), *(photos.to_images(x) for x in filled)]
+columns = [photo, torch.where(hidden, 0.85, photo), *(photos.decode(x) for x in filled)]
 fig.show(fig.image_grid(torch.stack(columns, 1)[[0, 1, 3]].flatten(0, 1), columns=5,
                         titles=["photograph", "hole", "fill 1", "fill 2", "fill 3"]))
 
@@ -498,8 +498,8 @@ kept = all(torch.equal(x[known], given[known]) for x in filled)
 apart, others = ((filled[0] - x)[~known].std() / given.std()
                  for x in (filled[1], filled[1].roll(1, 0)))
 outside = ~hidden.expand_as(photo)
-again = photos.to_images(given)
-moved = [(photos.to_images(x) - again)[outside].abs().mean() * 255 for x in filled]
+again = photos.decode(given)
+moved = [(photos.decode(x) - again)[outside].abs().mean() * 255 for x in filled]
 lost = (again - photo)[outside].abs().mean() * 255
 print(f"known tokens kept to the bit: {kept}; difference to the package's tokens {off:.1e}")
 print(f"standard deviations between fills of one photograph {apart:.2f}, of two {others:.2f}")
@@ -606,7 +606,7 @@ assert least > CHANCE > most
 
 # %% tags=["claim"]
 CHOICE = {"num_iter": 8, "cfg": 3.0, "temperature": 1.0, "num_sampling_steps": 10,
-          "solver": "dpm_solver"}
+          "solver": dpm_solver}
 rounds = [(seconds(), seconds(**CHOICE)) for _ in range(3)]
 ratio = min(r[0] for r in rounds) / min(r[1] for r in rounds)
 for name in ("default", "fast", "dpm_solver, 10 steps", "chapter 8's choice"):
@@ -659,7 +659,7 @@ grid(classes, {"default": {}, "fast": FAST, "choice": CHOICE}, 8)
 # | the loop | `sample`, `steps`, `Frame` | `sampling` |
 # | guidance | `guide`, `linear_cfg` | `diffloss`, `sampling` |
 # | given tokens | `sample(tokens, known)`, `known_first` | `sampling`, `masking` |
-# | DDPM, DDIM, DPM-Solver | `SOLVERS` | `solvers` |
-# | what is left out | `Reuse`, `FAST` | `reuse`, `sampling` |
+# | DDPM, DDIM, DPM-Solver | `SOLVERS`, `dpm_solver` | `diffusion`, `fast` |
+# | what is left out | `Reuse`, `FAST` | `fast` |
 #
 # The next chapter needs samples: it asks how good they are, and what a distance can and cannot say.

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from mar_mini import data, evaluation, load_pretrained
 from mar_mini.checks import evaluation as check
+from mar_mini.judge import statistics
 from mar_mini.judge.features import load_features
 from mar_mini.viz import figures as fig
 
@@ -72,7 +73,7 @@ fig.show(fig.image_grid(rows, alt=alt))
 
 # %%
 network = load_features()
-reference = evaluation.Reference.load(data.data_dir() / "reference" / "cifar10.safetensors")
+reference = statistics.Reference.load(data.data_dir() / "reference" / "cifar10.safetensors")
 train, test = reference.train, reference.test  # (10000, 112) each: features, stored
 
 
@@ -741,14 +742,14 @@ assert low > table[:, 0].mean() and worse
 # drawn test photographs.
 
 # %%
-verdict = evaluation.judge(seen["samples"], asked, reference, seed)
+verdict = statistics.judge(seen["samples"], asked, reference, seed)
 print(f"{'':12} {'samples':>8} {'real':>8}")
 for name, (figure, of_real) in verdict.items():
     print(f"{name:12} {figure:8.3f} {of_real:8.3f}")
 low, high = interval(seen["samples"])
 figure, least = verdict["distance"]
 print(f"in one line: {figure:.0f} ± {(high - low) / 2:.0f} (95%), {len(asked):,} images, "
-      f"floor {least:.0f}, features of {reference.features_name}")
+      f"floor {least:.0f}, features of {reference.features}")
 path = data.data_dir().parent / "benchmarks/results/cifar10.json"
 result = json.loads(path.read_text("utf-8"))
 for name in ("real test images", "test images through the autoencoder", "default", "no guidance",
@@ -777,7 +778,7 @@ for name in ("real test images", "test images through the autoencoder", "default
 #
 # | symbol | in code | module |
 # |---|---|---|
-# | $d$ | `frechet_distance`, `Reference.distance` | `evaluation` |
+# | $d$ | `frechet_distance`, `Reference.distance` | `evaluation`, `judge.statistics` |
 # | KID | `kernel_distance` | `evaluation` |
 # | floor, interval | `floor`, `bootstrap` | `evaluation` |
 # | precision, recall | `precision_recall` | `evaluation` |

@@ -35,16 +35,16 @@ from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from mar_mini import MAR, configs, data, get_config
-from mar_mini.checkpoints import load_published
+from mar_mini import MAR, configs, data, get_config, load_published
+from mar_mini.checkpoints import empty
 from mar_mini.checks import full_size as check
+from mar_mini.masking import mean_mask_ratio
 from mar_mini.planner import memory as planning
 from mar_mini.planner import work as costs
-from mar_mini.planner.rates import measure_rates
-from mar_mini.run import hub as published
-from mar_mini.run.hub import empty
-from mar_mini.run.sources import open_images
-from mar_mini.run.train import train_pipeline
+from mar_mini.planner.report import measure_rates
+from mar_mini.run import hub
+from mar_mini.run.images import open_images
+from mar_mini.run.train import TrainingRun
 from mar_mini.training import train_mar
 from mar_mini.viz import figures as fig
 
@@ -105,10 +105,10 @@ print(f"mar_huge: {image:,.0f} times the FLOPs an image, {many:,.0f} times the i
 printed = {"MAR": get_config("mar_large_12x1536").mar, "KL-16": get_config("kl16").vae}
 opened = {name: empty(config) for name, config in printed.items()}
 for name, model in opened.items():
-    print(f"{name}: {planning.count(model):,}, on the device {next(model.parameters()).device}")
+    print(f"{name}: {costs.count(model):,}, on the device {next(model.parameters()).device}")
     for part, module in model.named_children():
-        print(f"    {part:16} {planning.count(module):12,}")
-    print(f"    {'in no part':16} {planning.count(model) - planning.count(*model.children()):12,}")
+        print(f"    {part:16} {costs.count(module):12,}")
+    print(f"    {'in no part':16} {costs.count(model) - costs.count(*model.children()):12,}")
 
 # %% tags=["claim"]
 claimed = {"mar_base": 208, "mar_large": 479, "mar_huge": 943}  # million (the paper, Table 4)
@@ -185,14 +185,14 @@ for name in FULL:
     mar, model = get_config(name).mar, empty(get_config(name).mar)
     yours = (mar.encoder_depth * block_parameters(mar.encoder_embed_dim, mar.mlp_ratio)
              + mar.decoder_depth * block_parameters(mar.decoder_embed_dim, mar.mlp_ratio))
-    off = yours - planning.count(model.encoder_blocks, model.decoder_blocks)
-    rows[name] = {"your blocks": yours / 1e6, "the rest": (planning.count(model) - yours) / 1e6}
-    print(f"{name:10} {yours / planning.count(model):.1%} in blocks; your count is off by {off}")
+    off = yours - costs.count(model.encoder_blocks, model.decoder_blocks)
+    rows[name] = {"your blocks": yours / 1e6, "the rest": (costs.count(model) - yours) / 1e6}
+    print(f"{name:10} {yours / costs.count(model):.1%} in blocks; your count is off by {off}")
     assert off == 0
 fig.show(fig.breakdown(rows, xlabel="million parameters"))
 
 # %% [markdown]
-# ## FLOPs: by formula, and by counting
+# ## FLOPs: by rule, and by counting
 #
 # A linear layer multiplies and adds once for each weight and each row that it is given: 2 FLOPs.
 # The backward pass does that twice more (for the gradient of the input, and for that of the
@@ -207,8 +207,8 @@ fig.show(fig.breakdown(rows, xlabel="million parameters"))
 # %%
 def rows_of(mar):
     """Rows that each part is given of an image, on average."""
-    length = costs.tokens_of(mar)
-    masked = length * costs.mean_mask_ratio(mar.mask_ratio_min)  # 0.867 of them: drawn from 0.7 up
+    length = empty(mar).seq_len
+    masked = length * mean_mask_ratio(mar.mask_ratio_min)  # 0.867 of them: drawn from 0.7 up
     return {"encoder": mar.buffer_size + length - masked, "decoder": mar.buffer_size + length,
             "head": mar.diffusion_batch_mul * masked}
 
@@ -220,7 +220,7 @@ rule = {}
 for name in FULL:
     mar, rows = get_config(name).mar, rows_of(get_config(name).mar)
     rule[name] = {part: 6 * parts[name][part] * rows[part] / 1e9 for part in rows}
-    work = dict(costs.training_work(mar, 2048, parameters=0))  # forward; any batch is as good
+    work = costs.training_work(mar, 2048)  # forward; any batch is as good
     off = {part: 2048e9 * n / (3 * work[part].flops) - 1 for part, n in rule[name].items()}
     # two products of tokens with tokens, 2 FLOPs each, forward and twice backward
     tokens = 12 * (mar.encoder_depth * mar.encoder_embed_dim * rows["encoder"] ** 2
@@ -232,17 +232,16 @@ for name in FULL:
 fig.show(fig.breakdown(rule, xlabel="GFLOPs of training on an image"))
 
 # %% tags=["claim"]
-# the package's formula against PyTorch, which counts while a model runs
+# the package runs two and three blocks, without values; PyTorch counts while the model runs
 small = get_config("cifar10").mar
 model, batch, hidden = MAR(**asdict(small)), 8, 10
 latents, labels = torch.randn(batch, 16, 8, 8), torch.zeros(batch, dtype=torch.long)
 mask = torch.rand(batch, 16).argsort(1) < hidden  # so many of 16 tokens, in random places
 with FlopCounterMode(display=False) as counter:
-    model(latents, labels, mask=mask).backward()
-count = planning.count(model)
-work = costs.total(costs.training_work(small, batch, parameters=count, masked=hidden))
-off = work.flops / counter.get_total_flops() - 1
-print(f"formula {work.flops:.4e}, counted {counter.get_total_flops():.4e}, off by {off:.0e}")
+    model(latents, labels, model.draw(len(labels), mask=mask)).backward()
+flops = costs.total_flops(costs.training_work(small, batch, hidden))
+off = flops / counter.get_total_flops() - 1
+print(f"planned {flops:.4e}, counted {counter.get_total_flops():.4e}, off by {off:.0e}")
 assert abs(off) < 1e-6
 
 # %% [markdown]
@@ -272,7 +271,7 @@ next(training)
 moments = [x for state in training.optimiser.state.values() for x in state.values() if x.ndim]
 kept = {"weights": list(tiny.parameters()), "gradients": [p.grad for p in tiny.parameters()],
         "moments": moments, "average": list(training.ema.module.parameters())}
-state = {name: sum(x.nbytes for x in xs) / planning.count(tiny) for name, xs in kept.items()}
+state = {name: sum(x.nbytes for x in xs) / costs.count(tiny) for name, xs in kept.items()}
 print("bytes a parameter:", state, "together", sum(state.values()))
 assert state == planning.STATE
 
@@ -303,15 +302,16 @@ def kept_bytes(model, *inputs, **given):
 
 
 for n in (2, 4, 8):
-    measured = kept_bytes(model, latents[:n], labels[:n], mask=mask[:n])
-    predicted = planning.activations(small, n, masked=hidden, gpu=False)
+    measured = kept_bytes(model, latents[:n], labels[:n], model.draw(n, mask=mask[:n]))
+    predicted = planning.training_memory(small, n, hidden, gpu=False)["activations"]
     off = predicted / measured - 1
-    print(f"{n} images: kept {measured / 1e6:.2f} MB, the formula is off by {off:+.1%}")
+    print(f"{n} images: kept {measured / 1e6:.2f} MB, the plan is off by {off:+.1%}")
     assert abs(off) < 0.1
 
 # %% [markdown]
-# The formula is too high mostly because of that last block. On a GPU attention keeps less, and
-# bfloat16 halves much of the rest: derived, not measured ([docs/scaling.md](../docs/scaling.md)).
+# The plan adds up the tensors that are still referred to after a forward pass without values. On a
+# GPU attention keeps less, and bfloat16 halves much of the rest: planned, not measured
+# ([docs/scaling.md](../docs/scaling.md)).
 # What is kept can also be computed again in the backward pass (**gradient checkpointing**): a third
 # more FLOPs, much less memory. Here is a step of 64 images on one GPU. *Predict first:* is the
 # state the larger part?
@@ -320,7 +320,7 @@ for n in (2, 4, 8):
 def needed(config, batch, checkpointing=False):
     """GB that a training step of so many images takes on a GPU, in bfloat16."""
     mar = replace(config.mar, grad_checkpointing=checkpointing)
-    need = planning.training_memory(mar, batch, count=planning.parameters(config), size=2)
+    need = planning.training_memory(mar, batch, dtype="bfloat16")
     images = need["activations"] + need["at work"]  # the largest gradient, and what it is made of
     return {"state": (sum(need.values()) - images) / 1e9, "64 images": images / 1e9}
 
@@ -417,9 +417,9 @@ wide = replace(get_config("mar_base").mar, encoder_depth=1, decoder_depth=1, dif
 training = train_mar(MAR(**asdict(wide)), torch.randn(2, 16, 16, 16), torch.tensor([207, 291]),
                      replace(budget, batch_size=1, max_steps=3), seed=seed)
 took = min(b - a for a, b in pairwise([time.perf_counter() for _ in training]))
-count, here = planning.count(training.model), measure_rates()
-predicted = sum(here.by_part(costs.training_work(wide, 1, parameters=count)).values())
-print(f"a step took {took:.2f} s, by the formula {predicted:.2f} s: {predicted / took:.2f} of it; "
+here = measure_rates()
+predicted = sum(map(here.seconds, costs.training_work(wide, 1).values()))
+print(f"a step took {took:.2f} s, by the plan {predicted:.2f} s: {predicted / took:.2f} of it; "
       f"this machine does {here.flops / 1e9:.0f} GFLOP/s in float32")
 
 # %% [markdown]
@@ -428,7 +428,7 @@ print(f"a step took {took:.2f} s, by the formula {predicted:.2f} s: {predicted /
 # The authors published the weights of all three models. Does your Hugging Face cache hold them?
 
 # %%
-at = [try_to_load_from_cache(published.REPOSITORY, published.FILES[name].name)
+at = [try_to_load_from_cache(hub.REPOSITORY, hub.FILES[name].name)
       for name in ("mar_base", "kl16")]
 if all(isinstance(path, str) for path in at):
     drawn = load_published(at[0], vae=at[1]).generate([207], num_iter=8, num_sampling_steps=25)
@@ -440,7 +440,7 @@ else:
 # %% [markdown]
 # **No picture of the published weights is stored here.** This course was made without network: the
 # command was never run with the real files (with stand-ins of the same names and shapes it was:
-# `tests/test_published.py`).
+# `tests/run/test_hub.py`).
 #
 # ## The recipe, line by line
 #
@@ -530,8 +530,8 @@ print("one GPU, 32 images:     ", scaled_recipe(32, 1, 1, images=IMAGENET, epoch
 #
 # If only the effective batch counts, then one process with 48 images and two with 24 each must
 # train *the same* model. Try it: **your** `plan_run` cuts the digits' batch for two pretended GPUs
-# of 13 MB, and the recipe of the course (`recipes/train.py`, started by PyTorch's `torchrun`)
-# trains with **your** numbers on two processes. This notebook does it alone, in one piece. Images,
+# of 13 MB, and `mar-mini train`, started by PyTorch's `torchrun`, trains with **your** numbers on
+# two processes. This notebook does it alone, in one piece. Images,
 # masks and noise are drawn for the whole batch from the seed and the step, whoever computes what.
 # (The digits' own rate, 0.003 for 48 images, is a base rate of 0.016: a small, short run takes
 # larger steps than the paper's.) *Predict first:* equal to the last digit?
@@ -542,13 +542,13 @@ def on_processes(count, accumulate, batch, rate, steps):
     with tempfile.TemporaryDirectory() as out:
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone",
-            f"--nproc-per-node={count}", repo / "recipes/train.py", "--config", "digits",
-            "--data", "digits", "--out", out, "--batch-size", batch, "--learning-rate", rate,
-            "--accumulate", accumulate, "--steps", steps, "--seed", seed,
-            "--precision", "float32", "--device", "cpu"]
+            f"--nproc-per-node={count}", "-m", "mar_mini", "train", "--config", "digits",
+            "--out", out, "--batch-size", batch, "--learning-rate", rate,
+            "--accumulate", accumulate, "--max-steps", steps, "--seed", seed,
+            "--precision", "float32", "--device", "cpu", "--no-samples"]
         quiet = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run([str(word) for word in command], env=quiet, timeout=300,
-                              capture_output=True, text=True)
+                              capture_output=True, text=True, cwd=repo)
         if done.returncode:
             raise RuntimeError(f"torchrun failed, its last words: {done.stderr[-2000:]}")
         rows = json.loads((Path(out) / "history_masked.json").read_text("utf-8"))
@@ -560,13 +560,13 @@ def alone(batch, rate, steps):
     digits = get_config("digits")
     training = replace(digits.training, batch_size=batch, learning_rate=rate, max_steps=steps,
                        max_seconds=None, precision="float32")
-    run = train_pipeline(replace(digits, training=training), data.normalise(images.images),
-                         images.labels, images.classes, seed=seed)
+    run = TrainingRun(replace(digits, training=training), images, seed=seed)
     return [progress.step.loss for progress in run]
 
 
 images = open_images("digits", "train")
-image, count = planning.activations(get_config("digits").mar, 1), planning.count(tiny)
+image = planning.training_memory(get_config("digits").mar, 1)["activations"]
+count = costs.count(tiny)
 micro, times = plan_run(count, image, 0.013, 48, 2)  # float32 needs 20 bytes: a little room is left
 base = get_config("digits").training.learning_rate * 256 / 48
 numbers = scaled_recipe(micro, times, 2, images=len(images.labels), epochs=0.2, blr=base)
@@ -603,10 +603,10 @@ fig.show(fig.curves({name: (steps, x.clamp(min=1e-9)) for name, x in shown.items
 mars = {name: get_config(name).mar for name in ("cifar10", "imagenette64")}
 mars["cifar10, larger"] = replace(mars["cifar10"], img_size=64)
 for name, mar in mars.items():
-    flops = costs.total(costs.training_work(mar, 32, parameters=0)).flops / 32e9
-    kept = planning.activations(mar, 32, gpu=False) / 32e6
+    flops = costs.total_flops(costs.training_work(mar, 32)) / 32e9
+    kept = planning.training_memory(mar, 32, gpu=False)["activations"] / 32e6
     rows = {part: round(n) for part, n in rows_of(mar).items()}
-    print(f"{name:15} {costs.tokens_of(mar)} tokens of {costs.token_width(mar)}, {flops:.2f} "
+    print(f"{name:15} {empty(mar).seq_len} tokens of {empty(mar).token_embed_dim}, {flops:.2f} "
           f"GFLOPs an image, {kept:.1f} MB kept; rows: {rows}")
 
 # %% [markdown]
@@ -679,7 +679,8 @@ print(f"64 pixels: {last} at the end of its run, {last[-1] / history['floor']:.1
 # is that?
 
 # %% tags=["claim"]
-encoding = costs.vae_encode(get_config("kl16").vae, 1, 256, 2).flops  # of an image to latents
+encoder, _ = costs.autoencoder_work(get_config("kl16").vae, 1, 256)
+encoding = encoder["encoding"].flops  # of an image to latents
 theirs = get_config("mar_large")  # of these runs the head had 3 blocks of width 1024
 theirs = replace(theirs, mar=replace(theirs.mar, diffloss_d=3, diffloss_w=1024))
 SAID = [  # where, GPUs, FLOP/s of each (data sheets), hours, images encoded in each epoch
@@ -758,9 +759,9 @@ print(f"on a GPU of {YOURS} GB: {plan_run(count, image, 0.9 * YOURS, 2048)}")
 #
 # | symbol | in code | module |
 # |---|---|---|
-# | parameters | `parts`, `block_parameters` | `planning` |
-# | FLOPs | `training_work`, `vae_encode` | `costs` |
-# | memory | `training_memory`, `activations`, `plan_run` | `planning` |
+# | parameters | `parts`, `block_parameters` | `planner.memory` |
+# | FLOPs | `training_work`, `autoencoder_work` | `planner.work` |
+# | memory | `training_memory`, `plan_run` | `planner.memory` |
 # | effective batch, rate | `scaled_recipe` | `configs` |
 #
 # This is the last chapter. `mar-mini info mar_large` says what a preset takes,

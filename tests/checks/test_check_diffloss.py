@@ -156,7 +156,7 @@ def test_res_block(wrong, message):
 
 def of_rows(name, choose):
     def wrong(head, target, z, mask, *, t, noise):
-        return choose(head.rows(target, z, t=t, noise=noise)[name], mask)
+        return choose(head.token_terms(target, z, t=t, noise=noise)[name], mask)
 
     return wrong
 
@@ -189,7 +189,7 @@ def loss_turned_round(head, target, z, mask, *, t, noise):
 
 
 def dictionary(head, target, z, mask, *, t, noise):
-    return head.rows(target[mask], z[mask], t=t[mask], noise=noise[mask])
+    return head.token_terms(target[mask], z[mask], t=t[mask], noise=noise[mask])
 
 
 def own_noise(head, target, z, mask, *, t, noise):
@@ -273,7 +273,7 @@ def test_right_solutions_pass():
         return x * (1 + scale) + shift
 
     def masked_loss(head, target, z, mask, *, t, noise):
-        rows = head.rows(target, z, t=t, noise=noise)["loss"]
+        rows = head.token_terms(target, z, t=t, noise=noise)["loss"]
         return (rows * mask).sum() / mask.sum()
 
     right_guide = guided(lambda c, u, w: w * c + (1 - w) * u)

@@ -129,7 +129,7 @@ def encoder_told(hide):
 
 
 def terms(pick):
-    return lambda m, x, y, *, drawn: pick(MAR.forward(m, x, y, drawn=drawn, return_terms=True))
+    return lambda m, x, y, *, drawn: pick(MAR.forward(m, x, y, drawn, return_terms=True))
 
 
 def scaled(factor):
@@ -390,7 +390,7 @@ def test_right_solutions_pass():
     for name, solutions in {
         "training_loss": (by_hand, by_where, MAR.forward),
         "ema_step": (shares(right_share), by_lerp, by_copy, training.ema_step),
-        "training_step": (right_step, clears_after, training.training_step),
+        "training_step": (right_step, clears_after, check.step_by_hand),
     }.items():
         for solution in solutions:
             assert getattr(check, name)(solution) is solution

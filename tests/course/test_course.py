@@ -2,6 +2,7 @@
 
 import base64
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -177,33 +178,67 @@ def test_copy_fills_up_my_and_never_writes_over_a_file(repo):
     assert len(list(my.iterdir())) == 3  # nothing is left of the copying
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_a_file_that_appears_while_copying_is_kept(repo, links, monkeypatch):
-    """Somebody saves under the name between the look and the copy, with and without links."""
+def test_a_file_that_appears_while_copying_is_kept(repo, monkeypatch):
+    """Somebody saves under the name just before the copy is opened."""
     target = repo / "my" / "01_draw.ipynb"
-    link = os.link
 
-    def save_then_link(source, to):
-        if to == target:
+    def save_then_open(path, mode):
+        if path == target:
             target.write_text("the learner's")
-        if not links:
-            raise OSError(errno.EPERM, "no links here")
-        link(source, to)
+        return open(path, mode)
 
-    monkeypatch.setattr(os, "link", save_then_link)
+    monkeypatch.setattr(course, "open", save_then_open, raising=False)
     assert target not in course.copy_to_my(repo)
     assert target.read_text() == "the learner's"
     assert (repo / "my" / "02_fail.ipynb").read_text() == "fresh 02_fail"
 
 
-def test_an_interrupted_copy_leaves_no_half_file(repo, monkeypatch):
-    def interrupted(source, to):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.ENOSPC, "disk full")])
+@pytest.mark.parametrize("when", ["write", "close"])
+def test_an_interrupted_copy_leaves_no_half_file(repo, monkeypatch, error, when):
+    class Half(io.FileIO):
+        def write(self, content):
+            super().write(content[:5])
+            if when == "write":
+                raise error
 
-    monkeypatch.setattr(os, "link", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+        def close(self):
+            super().close()
+            assert Path(self.name).read_bytes() == b"fresh"
+            if when == "close":
+                raise error
+
+    monkeypatch.setattr(course, "open", Half, raising=False)
+    with pytest.raises((KeyboardInterrupt, OSError)):
         course.copy_to_my(repo)
     assert list((repo / "my").iterdir()) == []
+
+
+def test_a_link_to_nowhere_is_somebodys_file_too(repo):
+    my = repo / "my"
+    my.mkdir()
+    for name in ("01_draw.ipynb", "01_draw.before-reset-1.ipynb"):
+        (my / name).symlink_to(repo / "gone")
+    assert my / "01_draw.ipynb" not in course.copy_to_my(repo)
+    old, fresh = course.reset_chapter(repo, "01")
+    assert old == my / "01_draw.before-reset-2.ipynb" and old.is_symlink()
+    assert fresh.read_text() == "fresh 01_draw" and not (repo / "gone").exists()
+
+
+def test_a_notebook_that_comes_back_during_a_reset_is_kept(repo, monkeypatch):
+    course.copy_to_my(repo)
+    fresh, replace = repo / "my" / "02_fail.ipynb", os.replace
+
+    def save_again(*paths):
+        replace(*paths)
+        fresh.write_text("saved again")
+
+    fresh.write_text("the learner's")
+    monkeypatch.setattr(os, "replace", save_again)
+    with pytest.raises(FileExistsError, match="came back while it was reset; close it and"):
+        course.reset_chapter(repo, "02")
+    assert fresh.read_text() == "saved again"
+    assert (fresh.parent / "02_fail.before-reset-1.ipynb").read_text() == "the learner's"
 
 
 def test_reset_keeps_every_old_notebook(repo):
@@ -255,7 +290,8 @@ def test_the_lab_opens_on_my_and_outlives_ctrl_c(repo, monkeypatch):
             return answer
 
     monkeypatch.setattr(subprocess, "Popen", Lab)
-    assert course.open_lab(repo, ["--no-browser"]) == 7
+    monkeypatch.setattr(course, "repository", lambda: repo)
+    assert course.lab(("--no-browser",)) == 7
     ((command, cwd, environment),) = started
     assert command[1:] == ["-m", "jupyterlab", "--notebook-dir", str(repo / "my"), "--no-browser"]
     assert cwd == repo and (repo / "my" / "01_draw.ipynb").exists()

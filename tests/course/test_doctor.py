@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import torch
 
 from mar_mini import data
 from mar_mini.course import doctor
@@ -43,3 +44,25 @@ def test_findings_of_this_machine():
     lines = [line for _, line in doctor.findings()]
     for what in ("Python 3", "torch 2", " cores, torch uses ", "bfloat16", "GiB free in", "GPU"):
         assert any(what in line for line in lines), what
+
+
+@pytest.mark.parametrize(
+    "amx, avx512, said",
+    [
+        (True, True, "CPU: AMX, units"),
+        (False, True, "CPU: avx512_bf16, no AMX: float32"),
+        (False, False, "CPU: neither AMX nor avx512_bf16: float32"),
+    ],
+)
+def test_what_multiplies_bfloat16(monkeypatch, amx, avx512, said):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert any(said in line for _, line in doctor.findings())
+
+
+def test_what_is_missing_is_named(copied):
+    (copied / "symptoms" / "evidence.json").unlink()
+    (copied / "weights" / "digits" / "mar.safetensors").unlink()
+    bad = [line for fine, line in doctor.bundled() if not fine]
+    assert len(bad) == 2 and "evidence.json is missing" in bad[0]
+    assert "mar.safetensors is missing" in bad[1]

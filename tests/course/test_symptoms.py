@@ -131,7 +131,7 @@ def test_the_leak_is_in_training_alone():
     model.leaking = True
     assert not torch.allclose(z_of(model, x, mask, labels), z_of(model, other, mask, labels))
     model.leaking = False
-    model(model.unpatchify(x), labels, mask=mask)
+    model(model.unpatchify(x), labels, model.draw(len(labels), mask=mask))
     assert not model.leaking
 
 

@@ -7,13 +7,14 @@ import torch
 from golden_values import fill, relative_error
 
 from mar_mini import MAR, generate, sample
-from mar_mini.diffusion import Diffusion
-from mar_mini.fast.reuse import Reuse
+from mar_mini.diffloss import reverse_walk
+from mar_mini.diffusion import SOLVERS, Diffusion
+from mar_mini.fast import FAST, Reuse, dpm_solver
 from mar_mini.masking import masked_after
-from mar_mini.sampling import FAST, anneal, exact_conditions
-from mar_mini.solvers import FIRST_TIMESTEP, SOLVERS
+from mar_mini.sampling import anneal, exact_conditions
 from mar_mini.transformer import Block
 
+WALKS = {**SOLVERS, "dpm_solver": dpm_solver}
 SIZES = {
     "img_size": 16,
     "vae_stride": 1,
@@ -64,8 +65,8 @@ def exact_network(diffusion: Diffusion):
 
 
 def solve(name: str, num_steps: int, start: torch.Tensor) -> torch.Tensor:
-    diffusion = Diffusion(num_steps, FIRST_TIMESTEP[name])
-    return SOLVERS[name](exact_network(diffusion), diffusion, lambda: start, 1.0, None)
+    solver, diffusion = reverse_walk(WALKS[name], num_steps)
+    return solver(exact_network(diffusion), diffusion, lambda: start, 1.0, None)
 
 
 def end_of_path(diffusion: Diffusion, x: torch.Tensor) -> torch.Tensor:
@@ -92,16 +93,16 @@ def test_curved_steps_need_fewer():
     assert curved < straight / 2
 
 
-@pytest.mark.parametrize("name", list(SOLVERS))
+@pytest.mark.parametrize("name", list(WALKS))
 def test_solvers_draw_from_the_distribution(name):
-    diffusion = Diffusion(100, FIRST_TIMESTEP[name])
+    solver, diffusion = reverse_walk(WALKS[name], 100)
     generator = torch.Generator().manual_seed(0)
     n = 20_000
 
     def noise():
         return torch.randn(n, 1, generator=generator, dtype=torch.float64)
 
-    x = SOLVERS[name](exact_network(diffusion), diffusion, noise, 1.0, None)
+    x = solver(exact_network(diffusion), diffusion, noise, 1.0, None)
     assert abs(float(x.mean()) - MEAN) < 5 * STD / math.sqrt(n) + 0.01
     assert float(x.std()) == pytest.approx(STD, rel=0.05)
 
@@ -114,14 +115,14 @@ def test_deterministic_solvers_draw_once(name):
         calls.append(1)
         return torch.ones(3, 1, dtype=torch.float64)
 
-    cold = SOLVERS[name](exact_network(diffusion), diffusion, noise, 0.0, None)
+    cold = WALKS[name](exact_network(diffusion), diffusion, noise, 0.0, None)
     assert len(calls) == 1
     torch.testing.assert_close(cold, end_of_path(diffusion, 0 * cold), rtol=0, atol=0.1)
 
 
 def test_the_bound_on_x0_holds_in_every_solver():
-    for name, solver in SOLVERS.items():
-        diffusion = Diffusion(8, FIRST_TIMESTEP[name])
+    for walk in WALKS.values():
+        solver, diffusion = reverse_walk(walk, 8)
         x = solver(exact_network(diffusion), diffusion, lambda: torch.ones(3, 1).double(), 1.0, 0.2)
         assert x.abs().max() <= 0.2 + 1e-9
 
@@ -191,18 +192,18 @@ def test_an_impossible_interval_is_refused(model, interval):
 
 def conditions_of(model: MAR, refresh_features: int, refresh_guidance: int):
     """z and z_uncond of each iteration with reuse, and exactly, for the same tokens."""
-    reuse = Reuse(model, LABELS, refresh_features, refresh_guidance)
+    reuse = Reuse(refresh_features, refresh_guidance)(model, LABELS)
     tokens = torch.randn(2, 16, 16)
     order = torch.rand(2, 16).argsort(1)
     left, pairs = 16, []
-    for step, after in enumerate(masked_after(16, 6)):
+    for after in masked_after(16, 6):
         mask, still = (
             torch.zeros(2, 16, dtype=torch.bool).scatter(1, order[:, 16 - n :], True)
             for n in (left, after)
         )
-        given = (step, tokens.masked_fill(mask[..., None], 0), mask, mask & ~still, True)
+        given = (tokens.masked_fill(mask[..., None], 0), mask, mask & ~still, True)
         with torch.no_grad():
-            pairs.append((reuse(*given), exact_conditions(model, LABELS, *given[1:])))
+            pairs.append((reuse(*given), exact_conditions(model, LABELS, *given)))
         left = after
     return pairs
 
@@ -230,7 +231,7 @@ def test_features_are_exact_where_all_are_computed(model, every):
 
 def test_one_iteration_leaves_nothing_to_reuse(model):
     want = draw(model, num_iter=1)
-    got = draw(model, num_iter=1, refresh_features=5, refresh_guidance=5)
+    got = draw(model, num_iter=1, conditions=Reuse(5, 5))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-3)
 
 
@@ -247,11 +248,11 @@ class Other(Block):
 
 
 def test_reuse_refuses_blocks_that_it_does_not_know():
-    with pytest.raises(ValueError, match="refresh_features needs the blocks of mar_mini"):
-        sample(fill(MAR(**SIZES, block=Other), 7), LABELS, num_iter=4, refresh_features=2)
+    with pytest.raises(ValueError, match="reusing features needs the blocks of mar_mini"):
+        sample(fill(MAR(**SIZES, block=Other), 7), LABELS, num_iter=4, conditions=Reuse(2))
 
 
 @pytest.mark.parametrize("name", ["refresh_features", "refresh_guidance"])
-def test_how_often_is_a_positive_integer(model, name):
+def test_how_often_is_a_positive_integer(name):
     with pytest.raises(ValueError, match=f"{name} is 0; expected 1"):
-        sample(model, LABELS, num_iter=4, **{name: 0})
+        Reuse(**{name: 0})

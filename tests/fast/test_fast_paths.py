@@ -24,9 +24,12 @@ from published import (
 import mar_mini
 from mar_mini import MAR, AutoencoderKL, masking
 from mar_mini.diffloss import NUM_TIMESTEPS, DiffLoss, TimestepEmbedder
+from mar_mini.fast import speed_up
 from mar_mini.fast.compiling import COMPILERS, compile_model
+from mar_mini.fast.dropout import FastDropout, drop
+from mar_mini.fast.upsample import FoldedUpsample
 from mar_mini.tokens import take
-from mar_mini.transformer import Block, drop
+from mar_mini.transformer import Block
 from mar_mini.vae import Upsample
 
 SIZES = {
@@ -92,6 +95,7 @@ def test_the_gradient_passes_where_the_value_did():
 
 def test_dropout_follows_the_seed_and_stops_after_training():
     block = Block(32, 2, attn_dropout=0.2, proj_dropout=0.2)
+    speed_up(block)
     x = torch.randn(2, 5, 32)
     runs = []
     for seed in (1, 1, 2):
@@ -137,7 +141,7 @@ def test_wanted_places_of_the_decoder():
     got = model.forward_decoder(encoded, mask, wanted)
     assert relative_error(got, everywhere[wanted].unflatten(0, (2, -1))) < 1e-6
     wanted[0] = True
-    with pytest.raises(ValueError, match="row 0 of the mask has 64 wanted tokens, row 1 has 5"):
+    with pytest.raises(ValueError, match="row 0 of the mask has 64 chosen tokens, row 1 has 5"):
         model.forward_decoder(encoded, mask, wanted)
 
 
@@ -183,9 +187,23 @@ def test_repetitions_are_rows(masked):
 
 
 def test_upsampling_in_one_convolution():
-    up = fill(Upsample(6), 2)
+    up, fast = fill(Upsample(6), 2), fill(Upsample(6), 2)
+    speed_up(fast)
     x = torch.randn(2, 6, 5, 7)
-    assert relative_error(up(x), up.conv(F.interpolate(x, scale_factor=2.0))) < 1e-6
+    assert type(fast) is FoldedUpsample and list(fast.state_dict()) == list(up.state_dict())
+    assert relative_error(fast(x), up.conv(F.interpolate(x, scale_factor=2.0))) < 1e-6
+    assert relative_error(fast(x), up(x)) < 1e-6
+
+
+def test_speeding_up_changes_classes_and_no_weights():
+    model, plain = fill(MAR(**{**SIZES, "proj_dropout": 0.3}), 7), fill(MAR(**SIZES), 7)
+    speed_up(model)
+    kinds = {type(m) for m in model.modules() if isinstance(m, torch.nn.Dropout)}
+    assert kinds == {FastDropout} and list(model.state_dict()) == list(plain.state_dict())
+    latents, labels = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+    drawn = plain.eval().draw(2, torch.Generator().manual_seed(0))
+    assert torch.equal(model.eval()(latents, labels, drawn), plain(latents, labels, drawn))
+    assert not torch.equal(model.train()(latents, labels, drawn), plain(latents, labels, drawn))
 
 
 # The published path ------------------------------------------------------------------------------
@@ -204,7 +222,9 @@ def test_the_published_loss_and_its_gradients(kind, parts):
     losses, grads = [], []
     for model in (kind(**SIZES, **parts), MAR(**SIZES)):
         fill(model, 7)
-        losses.append(model(latents, labels, **given))
+        own = isinstance(model, PublishedMAR)  # draws for all tokens
+        drawn = {} if own else {"drawn": model.draw(len(labels), **given)}
+        losses.append(model(latents, labels, **(given if own else drawn)))
         losses[-1].backward()
         grads.append(gradients(model))
     assert relative_error(losses[0], losses[1]) < 1e-5
@@ -308,7 +328,8 @@ def compare_compiled():
     names = list(compiled.state_dict())
     compile_model(compiled)
     assert list(compiled.state_dict()) == names
-    losses = [model(latents, labels, **given) for model in (plain, compiled)]
+    drawn = plain.draw(len(labels), **given)
+    losses = [model(latents, labels, drawn) for model in (plain, compiled)]
     assert relative_error(losses[1], losses[0]) < 1e-5
     for loss in losses:
         loss.backward()

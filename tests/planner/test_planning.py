@@ -1,4 +1,4 @@
-"""What a model takes: formulas against counters, predictions against runs."""
+"""What a model takes: counts against other counters and sums by hand, predictions against runs."""
 
 import re
 import subprocess
@@ -14,17 +14,14 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mar_mini import MAR, AutoencoderKL, cli, generate, get_config, transformer
+from mar_mini import MAR, AutoencoderKL, generate, get_config, transformer
 from mar_mini.checkpoints import untrained
-from mar_mini.configs import PRESETS, TrainingConfig, VAEConfig
+from mar_mini.configs import PRESETS, SamplingConfig, TrainingConfig, VAEConfig
 from mar_mini.masking import mean_mask_ratio, sample_mask_ratio
 from mar_mini.planner.memory import (
-    activations,
-    block_activations,
     block_parameters,
-    head_activations,
+    check_fits,
     largest_batch,
-    largest_map,
     parameters,
     parts,
     plan_run,
@@ -32,9 +29,18 @@ from mar_mini.planner.memory import (
     sampling_memory,
     training_memory,
 )
-from mar_mini.planner.rates import Rates, device_rates, measure_rates
-from mar_mini.planner.report import Use, describe, si
-from mar_mini.planner.work import Work, sampling_work, total, training_work, vae_decode, vae_encode
+from mar_mini.planner.report import Rates, describe, device_rates, info, measure_rates, si
+from mar_mini.planner.work import (
+    Counter,
+    Work,
+    autoencoder_work,
+    empty,
+    meta,
+    sampling_work,
+    total_flops,
+    training_work,
+)
+from mar_mini.run.generate import sample
 from mar_mini.training import train_mar
 
 # unlike in every size that a formula could mix up
@@ -122,11 +128,12 @@ def counted(function) -> int:
 def test_flops_of_sampling(cfg, num_iter):
     model = MAR(**asdict(MAR_))
     got = counted(lambda: generate(model, [1, 2], num_iter=num_iter, num_sampling_steps=4, cfg=cfg))
-    phases = sampling_work(
-        MAR_, None, batch=2, num_iter=num_iter, num_sampling_steps=4, guided=cfg != 1
+    config = replace(get_config("cifar10_pixels"), mar=MAR_)
+    work = sampling_work(config, 2, SamplingConfig(num_iter, 4, cfg))
+    assert total_flops(work) == got
+    assert {name: len(part.flops) for name, part in work.items()} == dict.fromkeys(
+        ("encoder", "decoder", "head"), num_iter
     )
-    assert total(phases).flops == pytest.approx(got, rel=1e-9)
-    assert [name for name, _ in phases] == ["encoder", "decoder", "head"] * num_iter
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -136,11 +143,11 @@ def test_flops_of_training(checkpointing, batch):
     model = MAR(**asdict(config)).train()
     mask = torch.arange(64).expand(batch, -1) < 45
     labels, latents = torch.zeros(batch, dtype=torch.long), torch.randn(batch, 16, 8, 8)
-    got = counted(lambda: model(latents, labels, mask=mask).backward())
-    work = training_work(config, batch, parameters=10, masked=45)
-    assert total(work).flops == pytest.approx(got, rel=1e-9)
-    assert ("again" in dict(work)) == checkpointing
-    assert dict(work)["update"].other_bytes == 13 * 4 * 10
+    got = counted(lambda: model(latents, labels, model.draw(batch, mask=mask)).backward())
+    work = training_work(config, batch, 45)
+    assert total_flops(work) == got
+    assert ("again" in work) == checkpointing
+    assert work["update"].other_bytes == 13 * 4 * sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("vae", VAES.values(), ids=VAES)
@@ -150,8 +157,8 @@ def test_flops_of_the_autoencoder(vae):
     with torch.no_grad():
         encode = counted(lambda: model.encode(torch.zeros(2, vae.in_channels, side, side)))
         decode = counted(lambda: model.decode(torch.zeros(2, vae.z_channels, small, small)))
-    assert vae_encode(vae, 2, side, 4).flops == pytest.approx(encode, rel=1e-9)
-    assert vae_decode(vae, 2, side, 4).flops == pytest.approx(decode, rel=1e-9)
+    work, _ = autoencoder_work(vae, 2, side)
+    assert (work["encoding"].flops, work["decoding"].flops) == (encode, decode)
 
 
 def test_the_mean_of_the_mask_ratio():
@@ -169,9 +176,9 @@ def test_seconds():
     assert rates.seconds(Work(flops=300, product_bytes=20)) == 3.0  # computing takes longer
     assert rates.seconds(Work(flops=300, product_bytes=70)) == 7.0  # moving does
     assert rates.seconds(Work(other_bytes=20, operations=3)) == 3.5
-    phases = [("a", Work(flops=100)), ("b", Work(flops=300)), ("a", Work(product_bytes=20))]
-    assert rates.by_part(phases) == {"a": 3.0, "b": 3.0}
-    assert total(phases) == Work(400, 20)
+    two = Work(np.array([100, 0]), np.array([0, 20]))  # one after the other, not at once
+    assert rates.seconds(two) == 3.0
+    assert total_flops({"a": two, "b": Work(300)}) == 400
 
 
 @pytest.fixture
@@ -198,10 +205,11 @@ def test_time_of_sampling(preset, changes, batch, num_iter, num_sampling_steps, 
         untrained(config),
         {"num_iter": num_iter, "num_sampling_steps": num_sampling_steps, "cfg": 3.0},
     )
-    _, phases = plan_sampling(config, batch, "float32", float("inf"), **settings)
+    _, work = plan_sampling(config, batch, "float32", float("inf"), **settings)
     predicted, seconds = [], []
     for _ in range(3):
-        predicted.append(sum(measure_rates(clock=time.process_time).by_part(phases).values()))
+        rates = measure_rates(clock=time.process_time)
+        predicted.append(sum(map(rates.seconds, work.values())))
         begin = time.process_time()
         pipeline.generate([0] * batch, **settings)
         seconds.append(time.process_time() - begin)
@@ -221,8 +229,7 @@ def test_time_of_sampling(preset, changes, batch, num_iter, num_sampling_steps, 
 def test_time_of_training(preset, changes, batch, one_thread):
     mar = replace(get_config(preset).mar, **changes)
     model, side = MAR(**asdict(mar)), mar.img_size // mar.vae_stride
-    count = sum(p.numel() for p in model.parameters())
-    work = training_work(mar, batch, parameters=count)
+    work = training_work(mar, batch)
     training = train_mar(
         model,
         torch.randn(batch, mar.vae_embed_dim, side, side),
@@ -233,7 +240,7 @@ def test_time_of_training(preset, changes, batch, one_thread):
     for _ in range(5):
         if len(predicted) < 3:
             rates = measure_rates(clock=time.process_time)
-            predicted.append(sum(rates.by_part(work).values()))
+            predicted.append(sum(map(rates.seconds, work.values())))
         begin = time.process_time()
         next(training)
         seconds.append(time.process_time() - begin)
@@ -284,7 +291,7 @@ def kept_by_autograd(mar, batch: int, masked: int) -> int:
     side = mar.img_size // mar.vae_stride
     latents = torch.randn(batch, mar.vae_embed_dim, side, side)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model(latents, torch.zeros(batch, dtype=torch.long), mask=mask)
+        model(latents, torch.zeros(batch, dtype=torch.long), model.draw(batch, mask=mask))
     return sum(kept.values())
 
 
@@ -303,24 +310,38 @@ def test_activations(dropout, checkpointing, sizes):
         grad_checkpointing=checkpointing,
         **sizes,
     )
-    predicted = activations(mar, 4, masked=52, gpu=False)
-    if checkpointing:  # one block comes on top only when the backward pass computes it again
-        predicted -= max(
-            4 * 69 * block_activations(128, 384, 2, 69, dropout, 4, gpu=False),
-            4 * 4 * 52 * head_activations(256, 4, gpu=False),
-        )
-    assert predicted == pytest.approx(kept_by_autograd(mar, 4, 52), rel=0.06)
+    predicted = training_memory(mar, 4, masked=52, gpu=False)["activations"]
+    assert predicted == pytest.approx(kept_by_autograd(mar, 4, 52), rel=0.03)
 
 
-def test_activations_of_one_row_on_a_gpu():
-    """By hand: bfloat16, width 10, hidden 40, dropout; the attention weights are nowhere."""
-    float32 = 4 * (10 + 10)
-    bfloat16 = 2 * (10 + 30 + 10 + 10 + 40 + 40)
-    masks = 10 + 40 + 10
-    assert block_activations(10, 40, 2, 99, 0.1, 2, gpu=True) == float32 + bfloat16 + masks
-    assert block_activations(10, 40, 2, 99, 0.0, 2, gpu=True) == float32 + bfloat16
-    assert head_activations(10, 2, gpu=True) == 4 * 30 + 2 * 90
-    assert head_activations(10, 4, gpu=True) == head_activations(10, 4, gpu=False) == 400
+def test_activations_of_a_block_on_a_gpu():
+    """By hand: bfloat16, width 10, hidden 40, dropout; the attention weights are nowhere.
+
+    For each row two sums of the residual stream, mean and deviation of two norms, and one number
+    for each head's softmax in float32; norms' results, q, k, v, heads' results, both sides of the
+    GELU in bfloat16; in one byte each which values dropout let through.
+    """
+    mar = replace(MAR_, encoder_embed_dim=10, encoder_num_heads=2, mlp_ratio=4.0)
+    for dropout in (0.0, 0.1):
+        mar = replace(mar, attn_dropout=dropout, proj_dropout=dropout)
+        block, x = empty(mar, "bfloat16", True).train().encoder_blocks[0], meta(3, 99, 10)
+        counter = Counter()
+        result, _ = counter.run(lambda block=block, x=x: block(x.requires_grad_()))
+        float32 = 4 * (10 + 10) + 4 * (2 * 2 + 2)
+        bfloat16 = 2 * (10 + 30 + 10 + 10 + 40 + 40)
+        masks = 10 + 40 + 10 if dropout else 0
+        assert counter.live == pytest.approx(3 * 99 * (float32 + bfloat16 + masks), abs=32)
+        assert result.dtype == torch.float32
+
+
+def test_checkpointing_holds_one_block_at_a_time():
+    """In the backward pass: what blocks keep, and one more of the largest, with its gradients."""
+    wide = replace(MAR_, encoder_embed_dim=192, encoder_depth=4, diffloss_w=16)
+    less = replace(wide, grad_checkpointing=True)
+    deep, flat = (training_memory(replace(less, encoder_depth=n), 4, masked=52) for n in (4, 2))
+    assert deep["at work"] == pytest.approx(flat["at work"], rel=0.02)
+    assert deep["activations"] - flat["activations"] == 2 * 4 * (4 * 17 * 192)  # inputs alone
+    assert 4 * deep["at work"] < training_memory(wide, 4, masked=52)["activations"]
 
 
 def test_state_of_training():
@@ -330,12 +351,12 @@ def test_state_of_training():
     """
     mar = get_config("mar_base").mar
     count = 207_924_768
-    whole = training_memory(mar, 1, count=count, size=4)
+    whole = training_memory(mar, 1)
     state = ("weights", "gradients", "moments", "average")
     assert sum(whole[name] for name in state) == 20 * count
     assert whole["bfloat16 copies"] == 0
-    assert training_memory(mar, 1, count=count, size=2)["bfloat16 copies"] == 2 * count
-    shared = training_memory(mar, 1, count=count, size=2, shards=8)
+    assert training_memory(mar, 1, dtype="bfloat16")["bfloat16 copies"] == 2 * count
+    shared = training_memory(mar, 1, dtype="bfloat16", shards=8)
     gathered = 2 * 2 * (12 * 768**2 + 13 * 768)
     assert sum(shared[name] for name in state) == pytest.approx(20 * count / 8 + gathered)
 
@@ -356,20 +377,20 @@ def test_state_of_training():
         for name, x in state.items()
         if name != "step"
     ]
-    assert 4 * (sum(kept) + size) == sum(
-        training_memory(MAR_, 4, count=size)[name] for name in state
-    )
+    assert 4 * (sum(kept) + size) == sum(training_memory(MAR_, 4)[name] for name in state)
 
 
-def test_the_largest_map():
-    """KL-16: at 256x256 the map between the last upsampling and the last level has 128 channels."""
-    assert largest_map(VAEConfig(), 256) == 128 * 256 * 256
-    assert largest_map(VAEConfig(ch=8, ch_mult=(1, 3), num_groups=4), 64) == 24 * 64 * 64
+def test_the_autoencoder_at_its_peak():
+    """KL-16 at 256x256: five maps of 128 channels, of one image and of each of many."""
+    for batch in (1, 3):
+        _, peak = autoencoder_work(VAEConfig(), batch, 256)
+        assert peak == pytest.approx(5 * batch * 4 * 128 * 256 * 256, rel=0.01)
 
 
-@pytest.mark.parametrize("limit, expected", [(99, 0), (100, 1), (299, 2), (12_345, 123)])
+@pytest.mark.parametrize("limit, expected", [(99, 0), (199, 0), (200, 1), (499, 3), (12_345, 122)])
 def test_the_largest_batch(limit, expected):
-    assert largest_batch(lambda batch: 100 * batch, limit) == expected
+    """100 bytes stay, 100 are of each image."""
+    assert largest_batch({"weights": 100, "activations": 150, "at work": 50}, 2, limit) == expected
 
 
 def test_a_plan_for_a_device():
@@ -390,9 +411,12 @@ def test_a_plan_for_a_device():
 def test_a_plan_takes_the_state_of_a_training():
     """The same bytes as `training_memory`, and the largest batch that divides."""
     mar, count = get_config("mar_base").mar, 207_924_768
-    need = training_memory(mar, 64, count=count, size=2)
+    need = training_memory(mar, 64, dtype="bfloat16")
     image = (need["activations"] + need["at work"]) / 64
-    most = largest_batch(lambda n: sum(training_memory(mar, n, count=count, size=2).values()), 24e9)
+    most = largest_batch(need, 64, 24e9)
+    assert sum(training_memory(mar, most, dtype="bfloat16").values()) == pytest.approx(
+        24e9, rel=0.01
+    )
     micro, accumulate = plan_run(count, image, 24, 2048)
     assert micro * accumulate == 2048 and micro <= most < 2 * micro
 
@@ -416,7 +440,7 @@ def test_peak_memory_of_sampling():
     config = get_config("mar_large_12x1536")
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     before, peak = map(int, done.stdout.split())
-    needed = sum(sampling_memory(config, batch=1, num_iter=1, guided=True).values())
+    needed = sum(sampling_memory(config, 1, SamplingConfig(1, 2, 3.0)).values())
     print(
         f"\npredicted {needed / 1e9:.2f} GB, measured {(peak - before) / 1e9:.2f} GB and "
         f"{before / 1e9:.2f} GB of the process before"
@@ -454,6 +478,45 @@ def test_what_does_not_fit_is_refused_with_what_would():
         plan_sampling(get_config("kl16"), 1, "float32", 1e12)
 
 
+def test_training_is_planned_before_it_starts():
+    """MAR-B by the published recipe on one device of 80 or 24 GB, in bfloat16."""
+    config = get_config("mar_base")
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"training on 2048 images at a time with 'mar_base' in bfloat16 needs 6\d\d\.\d+ "
+            r"GB of memory, 80\.00 GB are available; what would fit: --accumulate 16; "
+            r"--checkpoint-activations --accumulate 2; --batch-size \d+$"
+        ),
+    ) as error:
+        check_fits(config, 2048, 80e9)
+    fits = int(re.findall(r"--batch-size (\d+)", str(error.value))[0])
+    assert 70e9 < check_fits(config, fits, 80e9) <= 80e9
+    with pytest.raises(ValueError, match=f"--batch-size {fits}$"):
+        check_fits(config, fits + 1, 80e9)
+    for memory in (80, 24):
+        for less in (False, True):
+            way = replace(config.mar, grad_checkpointing=less)
+            need = training_memory(way, 64, dtype="bfloat16")
+            image = (need["activations"] + need["at work"]) / 64
+            micro, accumulate = plan_run(207_924_768, image, memory, 2048)
+            assert micro * accumulate == 2048
+            assert check_fits(replace(config, mar=way), micro, 1e9 * memory) <= 1e9 * memory
+            with pytest.raises(ValueError, match=f"fit: --accumulate {accumulate};"):
+                half = replace(config.training, accumulate=accumulate // 2)
+                check_fits(replace(config, mar=way, training=half), 2 * micro, 1e9 * memory)
+
+
+def test_what_shared_state_saves():
+    """The state of MAR-H is 21 GB, and an eighth of it in FSDP; alone there is nothing to share."""
+    config = get_config("mar_huge")
+    with pytest.raises(ValueError, match="with 'mar_huge' in bfloat16 .*fit: --strategy fsdp$"):
+        check_fits(config, 4, 16e9, world_size=8)
+    assert check_fits(config, 4, 16e9, world_size=8, strategy="fsdp") < 16e9
+    with pytest.raises(ValueError, match="in float32 needs .* what would fit: nothing here"):
+        check_fits(config, 4, 16e9, "float32")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_pipeline_without_training(dtype):
     config = get_config("cifar10_latents")
@@ -483,7 +546,7 @@ def test_a_pipeline_without_training_leaves_the_random_state():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_can_be_described(preset):
     config = get_config(preset)
-    text = "\n".join(describe(config, Use(rates=Rates(1e12, 1e11), memory=8e10)))
+    text = "\n".join(describe(config, rates=Rates(1e12, 1e11), memory=8e10))
     for model, found in parts(config).items():
         for number in (*found.values(), sum(found.values())):
             assert f" {number:,}" in text, model
@@ -493,7 +556,7 @@ def test_every_preset_can_be_described(preset):
 
 def test_the_report_plans_the_recipe():
     """On one device of 24 GB the published batch has to be cut into micro batches."""
-    text = "\n".join(describe(get_config("mar_base"), Use(memory=24e9)))
+    text = "\n".join(describe(get_config("mar_base"), memory=24e9))
     plans = re.findall(r"batch (\d+) fits in 24.0 GB \(2048 as (\d+) x (\d+)\)", text)
     assert len(plans) == 4
     for most, accumulate, micro in (map(int, plan) for plan in plans):
@@ -502,13 +565,13 @@ def test_the_report_plans_the_recipe():
 
 def test_the_report_follows_the_use():
     config = get_config("mar_base")
-    text = "\n".join(describe(config, Use(batch_size=2, num_iter=3, num_sampling_steps=9, cfg=1.0)))
+    text = "\n".join(describe(config, batch_size=2, num_iter=3, num_sampling_steps=9, cfg=1.0))
     assert "sampling, 2 images (3 iterations, 9 diffusion steps, no guidance)" in text
     assert "fits in" not in text and " s\n" not in text
     with pytest.raises(ValueError, match="batch_size is 0; expected 1 or more"):
-        list(describe(config, Use(batch_size=0)))
+        list(describe(config, batch_size=0))
     with pytest.raises(ValueError, match="num_sampling_steps is 0; expected 2 to 1000"):
-        list(describe(config, Use(num_sampling_steps=0)))
+        list(describe(config, num_sampling_steps=0))
 
 
 @pytest.mark.parametrize(
@@ -522,7 +585,7 @@ def test_numbers_with_prefixes(number, text):
 # The page ----------------------------------------------------------------------------------------
 
 
-def test_the_page_is_what_the_formulas_say():
+def test_the_page_is_what_is_counted():
     assert scaling.PAGE.read_text() == scaling.page(), "run: python tools/scaling.py"
 
 
@@ -568,7 +631,7 @@ def test_a_trained_model_in_bfloat16(tmp_path, capsys):
     pictures = []
     for bf16 in (False, True):
         path = tmp_path / f"{bf16}.png"
-        assert cli.sample("digits", labels=(3,), num_iter=4, bf16=bf16, out=path) == 0
+        assert sample("digits", labels=(3,), num_iter=4, bf16=bf16, out=path) == 0
         with Image.open(path) as picture:
             pictures.append(np.asarray(picture.convert("L"), dtype=float))
     difference = abs(pictures[0] - pictures[1])
@@ -578,18 +641,18 @@ def test_a_trained_model_in_bfloat16(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (lambda: cli.sample(), "expected a trained model .*, or, without one"),
-        (lambda: cli.sample(config="digits"), "the word that its weights are random"),
-        (lambda: cli.sample("digits", random_weights=True), "expected a trained model"),
-        (lambda: cli.sample(config="digits", random_weights=True, fast=True), "without --fast"),
-        (lambda: cli.sample(config="kl16", random_weights=True), "'kl16' has no MAR to sample"),
+        (lambda: sample(), "expected a trained model .*, or, without one"),
+        (lambda: sample(config="digits"), "the word that its weights are random"),
+        (lambda: sample("digits", random_weights=True), "expected a trained model"),
+        (lambda: sample(config="digits", random_weights=True, fast=True), "without --fast"),
+        (lambda: sample(config="kl16", random_weights=True), "'kl16' has no MAR to sample"),
         (
-            lambda: cli.sample(config="mar_huge", random_weights=True, labels=(0,) * 20_000),
+            lambda: sample(config="mar_huge", random_weights=True, labels=(0,) * 20_000),
             "sampling 20000 at a time from 'mar_huge' in float32 needs",
         ),
-        (lambda: cli.info("mar_hug"), "unknown preset 'mar_hug'; expected one of: digits"),
-        (lambda: cli.info("mar_huge", num_iter=300), "num_iter is 300; expected 1 to 256"),
-        (lambda: cli.info("mar_huge", memory_gb=-1), "memory-gb is -1; expected more than 0"),
+        (lambda: info("mar_hug"), "unknown preset 'mar_hug'; expected one of: digits"),
+        (lambda: info("mar_huge", num_iter=300), "num_iter is 300; expected 1 to 256"),
+        (lambda: info("mar_huge", memory_gb=-1), "memory-gb is -1; expected more than 0"),
     ],
 )
 def test_commands_that_cannot_be(run, message, capsys):

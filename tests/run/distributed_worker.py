@@ -9,18 +9,22 @@ import socket
 import sys
 import traceback
 import zlib
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from golden_values import fill
+from torch.distributed.tensor import DTensor
 
 from mar_mini import MAR
 from mar_mini.configs import TrainingConfig
 from mar_mini.data import Images
-from mar_mini.run.distributed import Alone, join
-from mar_mini.run.sharded import open_checkpoints
-from mar_mini.training import Training, train_on
+from mar_mini.run.distributed import join
+from mar_mini.run.state import Checkpoints
+from mar_mini.training import Training, mar_terms
 
 SIZES = {
     "img_size": 16,
@@ -75,12 +79,10 @@ class Posteriors:
         return means + 0.3 * torch.randn(means.shape, generator=generator)
 
 
-def start(processes: Alone, accumulate: int = 1) -> Training:
+def start(kind: type[Training] = Training, accumulate: int = 1) -> Training:
     """A tiny training, the same each time; its processes begin with different weights."""
-    model = fill(MAR(**SIZES), 7 + processes.rank)
-    return train_on(
-        model, Posteriors(), replace(TWENTY, accumulate=accumulate), seed=3, processes=processes
-    )
+    model = fill(MAR(**SIZES), 7 + (dist.get_rank() if dist.is_initialized() else 0))
+    return kind(model, Posteriors(), mar_terms, replace(TWENTY, accumulate=accumulate), seed=3)
 
 
 def losses(training: Training, steps: int = 20) -> list[list[float]]:
@@ -92,26 +94,42 @@ def losses(training: Training, steps: int = 20) -> list[list[float]]:
     return rows
 
 
-def job(processes: Alone, spec: dict) -> dict:
+def job(kind: type[Training], spec: dict) -> dict:
     """Go on from a folder's last state, train up to a step, save; what came of it."""
-    training = start(processes, spec.get("accumulate", 1))
-    result = {"refused": []}
+    training = start(kind, spec.get("accumulate", 1))
     if "folder" in spec:
-        checkpoints = open_checkpoints(
-            Path(spec["folder"]), spec.get("identity", IDENTITY), processes
-        )
+        checkpoints = Checkpoints(Path(spec["folder"]), spec.get("identity", IDENTITY))
         try:
             restored = checkpoints.restore(training)
         except ValueError as error:
             return {"error": str(error)}
-        result["refused"] = list(restored.refused)
-    result["from"] = training.step
-    result["losses"] = losses(training, spec.get("until", 20))
+    result = {"from": training.step, "losses": losses(training, spec.get("until", 20))}
     if "folder" in spec:
+        result["refused"] = list(restored.refused)
+        result["errors"] = [failing(checkpoints, training, rank) for rank in spec.get("full", ())]
         checkpoints.save(training)
-    average = {k: processes.whole(v) for k, v in training.ema.module.state_dict().items()}
-    result["average"] = {k: v.flatten().tolist() for k, v in average.items()}
+    average = training.ema.module.state_dict()
+    whole = {k: x.full_tensor() if isinstance(x, DTensor) else x for k, x in average.items()}
+    result["average"] = {k: x.flatten().tolist() for k, x in whole.items()}
     return result
+
+
+def failing(checkpoints: Checkpoints, training: Training, rank: int) -> list[str]:
+    """What each process says if the disk is full for that one."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    place = "torch.distributed.checkpoint.filesystem.os.fsync"
+    with mock.patch(place, full) if dist.get_rank() == rank else nullcontext():
+        try:
+            checkpoints.save(training)
+            said = "saved"
+        except OSError as error:
+            said = str(error)
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, said)
+    return errors
 
 
 def member(rank: int, count: int, strategy: str, specs: list[dict], port: int) -> None:
@@ -124,9 +142,9 @@ def member(rank: int, count: int, strategy: str, specs: list[dict], port: int) -
         "TORCHELASTIC_RUN_ID": "test",
     }
     torch.set_num_threads(1)
-    with join(strategy) as processes:
+    with join(strategy) as kind:
         for spec in specs:
-            result = job(processes, spec)
+            result = job(kind, spec)
             if rank == 0:
                 Path(spec["result"]).write_text(json.dumps(result))
 

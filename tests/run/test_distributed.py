@@ -19,10 +19,11 @@ from distributed_worker import IDENTITY, Posteriors, losses, start
 
 from mar_mini import configs, load_pretrained
 from mar_mini.data import InMemory, fetch
-from mar_mini.run.distributed import Alone, join, started_by_torchrun
-from mar_mini.run.sharded import ShardedCheckpoints, open_checkpoints
-from mar_mini.run.sources import open_images
-from mar_mini.run.train import MASKED, recorded, train_latents, train_pipeline
+from mar_mini.run.distributed import DistributedTraining, join, own_device
+from mar_mini.run.images import ImageSet, open_images
+from mar_mini.run.state import Checkpoints
+from mar_mini.run.train import MASKED, TrainingRun, watch
+from mar_mini.training import Training, step_seed
 
 TESTS = Path(__file__).resolve().parent
 REPO = TESTS.parents[1]
@@ -33,9 +34,9 @@ ENVIRONMENT = {
 }
 
 
-def sharded(folder: Path, steps: int, identity: dict = IDENTITY) -> ShardedCheckpoints:
-    """A folder with the last two states of so many steps; one process wrote them, as many would."""
-    training, checkpoints = start(Alone()), ShardedCheckpoints(folder, identity, Alone())
+def saved(folder: Path, steps: int, identity: dict = IDENTITY) -> Checkpoints:
+    """A folder with the last two states of so many steps."""
+    training, checkpoints = start(), Checkpoints(folder, identity)
     for step in training:
         checkpoints.save(training)
         if step.step == steps:
@@ -55,7 +56,7 @@ def flip_a_bit(path: Path) -> None:
 @pytest.fixture(scope="module")
 def alone() -> dict:
     """The plain training: 20 steps."""
-    training = start(Alone())
+    training = start()
     rows = losses(training)
     average = training.ema.module.state_dict()
     return {"losses": rows, "average": {k: v.flatten().tolist() for k, v in average.items()}}
@@ -65,13 +66,13 @@ def alone() -> dict:
 def results(tmp_path_factory) -> dict:
     """What groups of processes made of their jobs, by name."""
     folder = tmp_path_factory.mktemp("distributed")
-    chain, file, bad, foreign = (str(folder / name) for name in ("chain", "file", "bad", "foreign"))
-    training = start(Alone())
+    chain, one, bad, foreign = (str(folder / name) for name in ("chain", "one", "bad", "foreign"))
+    training = start()
     losses(training, 4)
-    open_checkpoints(Path(file), IDENTITY, Alone()).save(training)
-    latest = sharded(Path(bad), 3).paths()[0]
+    Checkpoints(Path(one), IDENTITY).save(training)
+    latest = saved(Path(bad), 3).paths()[0]
     flip_a_bit(next(latest.glob("*.safetensors")))
-    sharded(Path(foreign), 1, {"config": "another"})
+    saved(Path(foreign), 1, {"config": "another"})
     groups = [
         (
             2,
@@ -89,8 +90,8 @@ def results(tmp_path_factory) -> dict:
             {
                 "2 fsdp": {},
                 "2 fsdp, 4 micro batches": {"accumulate": 4},
-                "file to 2 fsdp": {"folder": file, "until": 6},
-                "chain 1: 2 fsdp": {"folder": chain, "until": 5},
+                "1 to 2 fsdp": {"folder": one, "until": 6},
+                "chain 1: 2 fsdp": {"folder": chain, "until": 5, "full": [0, 1]},
             },
         ),
         (
@@ -160,13 +161,13 @@ def test_many_processes_have_the_losses_of_one(name, results, alone):
 
 
 def test_micro_batches_have_the_losses_of_one_batch(alone):
-    agree(losses(start(Alone(), accumulate=5)), alone["losses"])
+    agree(losses(start(accumulate=5)), alone["losses"])
 
 
 def test_the_losses_are_not_all_alike(alone):
     """The comparison has something to see: each step, and each other seed, has its own."""
     assert len({row[0] for row in alone["losses"]}) == 20
-    other = start(Alone())
+    other = start()
     other.seed = 4
     for a, b in zip(losses(other), alone["losses"], strict=True):
         assert abs(a[0] / b[0] - 1) > 1e-3
@@ -179,28 +180,34 @@ def test_a_batch_that_cannot_be_divided_is_refused():
         match=r"batch_size is 40; expected a multiple of 3 .1 processes "
         "with 3 micro batches each., such as 39",
     ):
-        start(Alone(), accumulate=3)
+        start(accumulate=3)
     with pytest.raises(ValueError, match="accumulate is 0; expected 1 or more"):
-        start(Alone(), accumulate=0)
+        start(accumulate=0)
+
+
+def one_of_four(rank: int, accumulate: int = 1) -> Training:
+    """What a training of four processes knows of itself before it talks to the others."""
+    training = start(accumulate=accumulate)
+    training.rank, training.world_size = rank, 4
+    training.slices = training.micro_batches()
+    return training
 
 
 def test_every_row_is_somebodys():
     rows = []
     for rank in range(4):
-        process = Alone()
-        process.rank, process.count = rank, 4
-        for part in process.micro_batches(48, accumulate=3):
-            rows.extend(range(48)[part])
-    assert rows == list(range(48))
+        for part in one_of_four(rank, accumulate=5).slices:
+            rows.extend(range(40)[part])
+    assert rows == list(range(40))
 
 
 def test_dropout_is_each_processs_own():
-    seeds = set()
+    seeds = []
     for rank in range(4):
-        process = Alone()
-        process.rank = rank
-        seeds.add(process.own_seed(5))
-    assert len(seeds) == 4 and Alone().own_seed(5) == 5
+        with torch.random.fork_rng():
+            next(one_of_four(rank).batches())
+            seeds.append(torch.initial_seed())
+    assert len(set(seeds)) == 4 and seeds[0] == step_seed(3, 0)
 
 
 # Data --------------------------------------------------------------------------------------------
@@ -238,8 +245,8 @@ def test_images_in_memory():
 
 
 def test_runs_go_on_across_processes_and_strategies(results, alone):
-    """Files of one process, folders of 2 and 4, FSDP and DDP, and back to one process."""
-    agree(results["file to 2 fsdp"]["losses"], alone["losses"][4:6])
+    """From one process to 2 and 4, FSDP and DDP, and back to one process."""
+    agree(results["1 to 2 fsdp"]["losses"], alone["losses"][4:6])
     places = [
         ("chain 1: 2 fsdp", 0, 5),
         ("chain 2: 4 fsdp", 5, 8),
@@ -249,17 +256,14 @@ def test_runs_go_on_across_processes_and_strategies(results, alone):
     for name, first, last in places:
         assert results[name]["from"] == first and not results[name]["refused"]
         agree(results[name]["losses"], alone["losses"][first:last])
-    training = start(Alone())
-    checkpoints = open_checkpoints(results["folders"]["chain"], IDENTITY, Alone())
+    training = start()
+    checkpoints = Checkpoints(results["folders"]["chain"], IDENTITY)
     assert {p.name for p in checkpoints.paths()} == {"state-000000011", "state-000000014"}
     checkpoints.restore(training)
     assert training.step == 14
     agree(losses(training), alone["losses"][14:])
     checkpoints.save(training)
-    assert [p.name for p in checkpoints.paths()] == [
-        "state-000000020.safetensors",
-        "state-000000014",
-    ]
+    assert [p.name for p in checkpoints.paths()] == ["state-000000020", "state-000000014"]
 
 
 def test_many_processes_agree_on_what_is_damaged_and_foreign(results, alone):
@@ -295,10 +299,10 @@ DAMAGES = {
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before_is_used(tmp_path, how):
     damage, message = DAMAGES[how]
-    checkpoints = sharded(tmp_path, 3)
+    checkpoints = saved(tmp_path, 3)
     latest, before = checkpoints.paths()
     damage(latest, next(latest.glob("*.safetensors")))
-    again = start(Alone())
+    again = start()
     restored = checkpoints.restore(again)
     assert restored.path == before and again.step == 2
     (refused,) = restored.refused
@@ -307,48 +311,24 @@ def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before_is_used(tmp_
 
 def test_nothing_is_unpickled(tmp_path):
     """A pickle where PyTorch's usual storage would look for one stays where it is."""
-    checkpoints = sharded(tmp_path / "state", 1)
+    checkpoints = saved(tmp_path / "state", 1)
     (path,) = checkpoints.paths()
     trap = tmp_path / "sprung"
     pickle = f"cos\nmkdir\n(S'{trap}'\ntR.".encode()
     assert not list(path.glob(".metadata")) and len(list(path.iterdir())) == 2
     (path / ".metadata").write_bytes(pickle)
     (path / "__0_0.distcp").write_bytes(pickle)
-    again = start(Alone())
+    again = start()
     assert checkpoints.restore(again).path == path and again.step == 1
     assert not trap.exists()
 
 
-def test_a_state_of_another_model_is_refused(tmp_path):
-    checkpoints = sharded(tmp_path, 1)
-    other = start(Alone())
-    with torch.no_grad():
-        other.model.fake_latent = torch.nn.Parameter(torch.zeros(2, 32))
-    restored = checkpoints.restore(other)
-    assert restored.path is None
-    assert "model.fake_latent (1, 32), this model (2, 32): it is of another" in restored.refused[0]
-
-
-def test_a_write_that_fails_leaves_the_last_good_one(tmp_path, monkeypatch):
-    checkpoints = sharded(tmp_path, 1)
-    (good,) = checkpoints.paths()
-    training = start(Alone())
-    checkpoints.restore(training)
-    next(training)
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("torch.distributed.checkpoint.filesystem.os.fsync", full)
-        with pytest.raises(OSError, match="could not be written"):
-            checkpoints.save(training)
-    assert checkpoints.paths() == [good]
-    assert checkpoints.restore(start(Alone())).path == good
-    again = ShardedCheckpoints(tmp_path, IDENTITY, Alone())
-    assert list(tmp_path.iterdir()) == [good]
-    assert again.save(training) == again.paths()[0]
-    assert again.save(training) == again.paths()[0]  # once more in its place
+def test_a_write_that_fails_in_one_process_fails_in_all(results):
+    for errors in results["chain 1: 2 fsdp"]["errors"]:
+        assert len(errors) == 2 and len(set(errors)) == 1
+        assert errors[0].endswith(
+            "state-000000005 could not be written: [Errno 28] No space left on device"
+        )
 
 
 # Recipes -----------------------------------------------------------------------------------------
@@ -382,56 +362,52 @@ def tiny_preset(**changes) -> configs.Config:
 
 def test_latents_that_are_there_already(tmp_path):
     """Trained and resumed; the pipeline knows their scale and classes."""
-    run = train_latents(tiny_preset(), Posteriors(), folder=tmp_path)
-    progress = next(run)
-    assert progress.stage == MASKED and progress.step.step == 1
-    while True:
-        try:
-            next(run)
-        except StopIteration as end:
-            pipeline = end.value
-            break
+    run = TrainingRun(tiny_preset(), Posteriors(), folder=tmp_path)
+    assert [(stage, step.step) for stage, step, _ in run] == [(MASKED, i) for i in (1, 2, 3)]
+    pipeline = run.pipeline
     assert pipeline.latent_scale == 0.5 and pipeline.classes == [str(i) for i in range(10)]
     assert pipeline.card["steps"] == 3
-    assert list(train_latents(tiny_preset(), Posteriors(), folder=tmp_path)) == []
+    assert list(TrainingRun(tiny_preset(), Posteriors(), folder=tmp_path)) == []
     another = Posteriors()
     another.labels = another.labels.flip(0)
     with pytest.raises(ValueError, match="is of another run .data is"):
-        next(train_latents(tiny_preset(), another, folder=tmp_path))
+        next(TrainingRun(tiny_preset(), another, folder=tmp_path))
 
 
-def test_latents_of_other_classes_are_refused():
+def test_latents_of_other_classes_are_refused(tmp_path):
     three = Posteriors()
     three.classes = ["a", "b", "c"]
     with pytest.raises(ValueError, match="3 classes, but preset 'digits' is made for 10"):
-        train_latents(tiny_preset(), three)
+        TrainingRun(tiny_preset(), three)
     with pytest.raises(ValueError, match="preset 'kl16' has no MAR to train"):
-        train_latents(configs.get_config("kl16"), three)
+        TrainingRun(configs.get_config("kl16"), three)
 
 
 def test_many_processes_need_a_trained_autoencoder(tmp_path):
-    many = Alone()
-    many.count = 2
     images = open_images("cifar10_mini")
-    run = train_pipeline(
-        configs.get_config("cifar10"),
-        images.images[:64].float() / 127.5 - 1,
-        images.labels[:64],
-        images.classes,
-        folder=tmp_path,
-        processes=many,
-    )
+    images = ImageSet(images.images[:64], images.labels[:64], images.classes)
+    config = configs.get_config("cifar10")
+    run = TrainingRun(config, images, folder=tmp_path, kind=DistributedTraining)
     with pytest.raises(ValueError, match="no trained autoencoder in .*give the command without"):
         next(run)
 
 
-def test_without_torchrun_one_process_is_alone():
-    assert not started_by_torchrun()
-    with join("fsdp") as processes:
-        assert type(processes) is Alone
+def test_without_torchrun_one_process_is_alone(monkeypatch):
+    assert not torch.distributed.is_torchelastic_launched()
+    with join("fsdp") as kind:
+        assert kind is Training
     with pytest.raises(ValueError, match="unknown strategy 'fdsp'; expected one of: ddp, fsdp"):
         with join("fdsp"):
             pass
+    assert own_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert own_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert own_device("auto") == torch.device("cuda")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert own_device("auto") == own_device("cuda") == torch.device("cuda:3")
+    assert own_device("cpu") == torch.device("cpu")
 
 
 # A death -----------------------------------------------------------------------------------------
@@ -446,25 +422,12 @@ def torchrun(out: Path, count: int) -> subprocess.Popen:
         "torch.distributed.run",
         f"--nproc-per-node={count}",
         "--standalone",
-        REPO / "recipes" / "train.py",
-        "--config",
-        "digits",
-        "--data",
-        "digits",
-        "--out",
-        out,
-        "--steps",
-        str(STEPS),
-        "--strategy",
-        "fsdp",
-        "--precision",
-        "float32",
-        "--device",
-        "cpu",
-        "--save-minutes",
-        "0",
-        "--accumulate",
-        "2",
+        "-m",
+        "mar_mini",
+        "train",
+        *("--config", "digits", "--out", str(out), "--max-steps", str(STEPS)),
+        *("--strategy", "fsdp", "--precision", "float32", "--device", "cpu"),
+        *("--save-minutes", "0", "--accumulate", "2", "--no-samples"),
     ]
     return subprocess.Popen(
         command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT
@@ -489,7 +452,7 @@ def worker_of(agent: int, rank: int) -> int:
 def test_a_process_is_killed_and_the_same_command_goes_on(tmp_path):
     """The others end, the message names it, and the run ends with the losses of an undisturbed one.
 
-    The losses of all steps are in the history that the recipe writes.
+    The losses of all steps are in the history that the command writes.
     """
     out, whole = tmp_path / "out", tmp_path / "whole"
     agent = torchrun(out, 2)
@@ -512,17 +475,12 @@ def test_a_process_is_killed_and_the_same_command_goes_on(tmp_path):
     assert agent.returncode == 0, text
     started = int(re.search(r"training the masked .* from step (\d+)", text).group(1))
     assert 6 <= started <= 9  # the step after the last one that was saved
-    images = open_images("digits")
     config = configs.get_config("digits")
     config = replace(
         config,
         training=replace(config.training, max_steps=STEPS, max_seconds=None, precision="float32"),
     )
-    from mar_mini.data import normalise
-
-    run = train_pipeline(config, normalise(images.images), images.labels, images.classes)
-    for _ in recorded(run, whole, moments=()):
-        pass
+    watch(TrainingRun(config, open_images("digits")), whole, moments=())
     got, want = (
         json.loads((folder / "history_masked.json").read_text()) for folder in (out, whole)
     )

@@ -11,9 +11,9 @@ from mar_mini import load_pretrained
 from mar_mini.data import load_images, to_tensors
 from mar_mini.evaluation import frechet_distance
 from mar_mini.judge.features import features_of, load_features
-from mar_mini.judge.statistics import Statistics, distance, doubts, features_in, picture_side
+from mar_mini.judge.statistics import Reference, doubts, features_in, picture_side
 from mar_mini.run.generate import check_complete, write_images
-from mar_mini.run.pictures import open_pictures
+from mar_mini.run.images import open_pictures
 
 QUICK = {"num_iter": 2, "num_sampling_steps": 4, "cfg": 2.0}
 
@@ -72,7 +72,7 @@ def test_what_is_there_is_not_made_again(pipeline, tmp_path):
 def test_pngs_are_the_same_images(pipeline, tmp_path):
     _, rows = make(pipeline, tmp_path / "rows")
     _, files = make(pipeline, tmp_path / "files", png=True)
-    assert files.name(11) == "000011.png" and (pixels(rows) == pixels(files)).all()
+    assert files.names[11] == "000011.png" and (pixels(rows) == pixels(files)).all()
     with Image.open(tmp_path / "files" / "000011.png") as picture:
         assert picture.mode == "L" and picture.size == (16, 16)
 
@@ -87,10 +87,10 @@ def colours(path, count=8, side=64) -> None:
         Image.fromarray(pixels).save(path / f"{i}.png")
 
 
-def of(folder, **arguments) -> Statistics:
+def of(folder, **arguments) -> Reference:
     pictures, network = open_pictures(folder), load_features()
     features = torch.cat(list(features_in(pictures, network, batch_size=3, **arguments)))
-    return Statistics.of(features, network.name, arguments.get("size") or picture_side(pictures))
+    return Reference.of(features, network.name, arguments.get("size") or picture_side(pictures))
 
 
 def test_the_distance_is_that_of_the_features(tmp_path):
@@ -100,33 +100,33 @@ def test_the_distance_is_that_of_the_features(tmp_path):
     for name in ("a", "b"):
         images = torch.from_numpy(pixels(open_pictures(tmp_path / name))).permute(0, 3, 1, 2) / 255
         features.append(features_of(load_features(), images))
-    assert distance(a, b) == pytest.approx(frechet_distance(*features), rel=1e-3)
+    assert b.distance(a) == pytest.approx(frechet_distance(*features), rel=1e-3)
     b.save(tmp_path / "deep" / "b.npz")
-    again = Statistics.load(tmp_path / "deep" / "b.npz")
+    again = Reference.load(tmp_path / "deep" / "b.npz")
     assert (again.count, again.image_size) == (5, 64)
     assert again.features == "EfficientNet-Lite0, block 10"
-    assert distance(a, again) == distance(a, b)
+    assert again.distance(a) == b.distance(a)
     assert len(doubts(a, again)) == 2 and "8 images: a distance falls" in doubts(a, again)[0]
 
 
-def ours(d: int = 112, **arguments) -> Statistics:
-    return Statistics(torch.zeros(d).double(), torch.eye(d).double(), **arguments)
+def ours(d: int = 112, **arguments) -> Reference:
+    return Reference(torch.zeros(d).double(), torch.eye(d).double(), **arguments)
 
 
 def test_published_statistics_of_other_features_are_refused(tmp_path):
     np.savez(tmp_path / "imagenet.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    theirs = Statistics.load(tmp_path / "imagenet.npz")
+    theirs = Reference.load(tmp_path / "imagenet.npz")
     with pytest.raises(ValueError, match=r"2048 numbers an image \(Inception\), .*of 112 .*--png"):
-        distance(ours(features="EfficientNet", count=20_000, image_size=256), theirs)
+        theirs.distance(ours(features="EfficientNet", count=20_000, image_size=256))
 
 
 def test_statistics_of_other_images_are_refused():
     mine = ours(features="EfficientNet", count=50_000, image_size=64)
     with pytest.raises(ValueError, match="are of images of 256 pixels, these have 64"):
-        distance(mine, ours(features="EfficientNet", image_size=256))
+        ours(features="EfficientNet", image_size=256).distance(mine)
     with pytest.raises(ValueError, match=r"112 numbers an image \(another\)"):
-        distance(mine, ours(features="another"))
-    assert distance(mine, ours()) == 0.0
+        ours(features="another").distance(mine)
+    assert ours().distance(mine) == 0.0
     assert [text[:25] for text in doubts(mine, ours())] == ["the file does not say how"]
     assert doubts(mine) == []
 
@@ -142,8 +142,10 @@ def test_wrong_statistics_are_refused(tmp_path, damage):
         np.savez(path, mu=np.array([{}], dtype=object), sigma=sigma)
     elif damage == "shape":
         np.savez(path, mu=mu, sigma=np.eye(4))
-    with pytest.raises(ValueError, match=r"s.npz(: mu is|.* no .npz with `mu` and `sigma`)"):
-        Statistics.load(path)
+    with pytest.raises(
+        ValueError, match=r"s.npz is missing or damaged .* .npz with `mu` and `sigma`"
+    ):
+        Reference.load(path)
 
 
 def test_pictures_of_several_sizes_want_a_size(tmp_path):

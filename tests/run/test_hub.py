@@ -26,11 +26,11 @@ from mar_mini import (
     load_pretrained,
     load_published,
 )
-from mar_mini.checkpoints import convert
+from mar_mini.checkpoints import empty
 from mar_mini.configs import VAEConfig, transformer
 from mar_mini.configs import published as full_size
-from mar_mini.run import hub as published
-from mar_mini.run.hub import HubFile
+from mar_mini.run import hub
+from mar_mini.run.hub import HubFile, convert
 
 VAE = VAEConfig(
     ch=8,
@@ -144,7 +144,7 @@ def test_the_authors_numbers_from_the_authors_form(tmp_path):
     )
     state = fill(MAR(**asdict(config.mar)), 40).state_dict()
     torch.save(checkpoint(model_ema=state), tmp_path / "checkpoint-last.pth")
-    mar, found = published.load_mar(tmp_path / "checkpoint-last.pth", config)
+    mar, found = hub.load(tmp_path / "checkpoint-last.pth", config, "mar")
     assert found == config
     mask, labels = golden("mar/mask").bool(), torch.tensor([1, 7, 3])
     encoded = mar.forward_encoder(mar.patchify(rnd(41, 3, 4, 8, 8)), mask, labels)
@@ -202,7 +202,7 @@ def test_other_ways_to_save(files, name, monkeypatch):
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_an_average_of_parameters_is_a_whole_model(name):
     config = get_config(name)
-    model = published.empty(config.mar or config.vae)
+    model = empty(config.mar or config.vae)
     assert {key for key, _ in model.named_parameters()} == set(model.state_dict())
 
 
@@ -233,7 +233,7 @@ def stand_in(folder: Path, name: str) -> Path:
 def test_the_published_sizes_are_those_of_our_names_and_shapes(name):
     """To the byte: a name, a shape or a number type that differs would change the size."""
     start, length = header(name)
-    assert published.FILES[name].size == len(start) + length
+    assert hub.FILES[name].size == len(start) + length
 
 
 def without_memory(name: str) -> dict[str, torch.Tensor]:
@@ -243,8 +243,8 @@ def without_memory(name: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_weights_say_which_preset_they_are(name):
     path, part = Path("file"), "vae" if name == "kl16" else "mar"
-    assert published.identify(without_memory(name), path, part=part) == get_config(name)
-    assert published.identify(without_memory(name), path, name, part) == get_config(name)
+    assert hub.identify(without_memory(name), path, part=part) == get_config(name)
+    assert hub.identify(without_memory(name), path, name, part) == get_config(name)
 
 
 @pytest.mark.parametrize(
@@ -266,13 +266,13 @@ def test_weights_say_which_preset_they_are(name):
 )
 def test_another_preset_than_asked_for(name, config, message):
     with pytest.raises(ValueError, match=message):
-        published.identify(without_memory(name), Path("file"), config)
+        hub.identify(without_memory(name), Path("file"), config)
 
 
 def test_a_model_where_the_autoencoder_should_be():
     message = "not the autoencoder of preset 'kl16': its weights are of 'mar_huge', which load_pub"
     with pytest.raises(ValueError, match=message):
-        published.identify(without_memory("mar_huge"), Path("file"), "kl16", "vae")
+        hub.identify(without_memory("mar_huge"), Path("file"), "kl16", "vae")
 
 
 def test_full_size_files_that_were_mixed_up(tmp_path):
@@ -297,10 +297,10 @@ def test_another_image_size(tmp_path):
             r"mar=replace\(preset.mar, img_size=512\)\)"
         ),
     ):
-        published.identify(state, path, "mar_base")
+        hub.identify(state, path, "mar_base")
     preset = get_config("mar_base")
     larger = replace(preset, mar=replace(preset.mar, img_size=512))
-    assert published.identify(state, path, larger) == larger
+    assert hub.identify(state, path, larger) == larger
 
 
 # Damage and deceit --------------------------------------------------------------------------------
@@ -428,8 +428,8 @@ def test_keys_that_do_not_fit(tmp_path, edit, message):
 
 
 @pytest.fixture
-def hub(files, monkeypatch):
-    """A Hub that hands out the stand-ins, and remembers what it was asked for."""
+def asked(files, monkeypatch):
+    """What the Hub was asked for; it hands out the stand-ins."""
     asked = []
 
     def download(repository: str, name: str) -> str:
@@ -437,21 +437,21 @@ def hub(files, monkeypatch):
         return str(files / name)
 
     (files / "mar.safetensors").rename(files / "mar-base.safetensors")
-    monkeypatch.setattr(published, "hf_hub_download", download)
-    for name, file in published.FILES.items():
-        monkeypatch.setitem(published.FILES, name, HubFile(file.name))
-    monkeypatch.setitem(published.CONFIGS, "mar_base", replace(TINY, name="mar_base"))
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    for name, file in hub.FILES.items():
+        monkeypatch.setitem(hub.FILES, name, HubFile(file.name))
+    monkeypatch.setitem(hub.CONFIGS, "mar_base", replace(TINY, name="mar_base"))
     return asked
 
 
 def publish_autoencoder(monkeypatch):
-    monkeypatch.setitem(published.CONFIGS, "kl16", replace(get_config("kl16"), vae=VAE))
+    monkeypatch.setitem(hub.CONFIGS, "kl16", replace(get_config("kl16"), vae=VAE))
 
 
-def test_by_name(hub, monkeypatch):
+def test_by_name(asked, monkeypatch):
     publish_autoencoder(monkeypatch)
     pipeline = load_pretrained("mar_base")
-    assert hub == [
+    assert asked == [
         ("jadechoghari/mar", "mar-base.safetensors"),
         ("jadechoghari/mar", "kl16.safetensors"),
     ]
@@ -460,65 +460,77 @@ def test_by_name(hub, monkeypatch):
     assert pipeline.card == {"preset": "mar_base", "source": "mar-base.safetensors", "raw": False}
 
 
-def test_the_autoencoder_is_no_pipeline(hub):
+def test_the_autoencoder_is_no_pipeline(asked):
     with pytest.raises(ValueError, match=r"autoencoder and paints nothing; use load_autoencoder"):
         load_pretrained("kl16")
-    assert not hub
+    assert not asked
 
 
-def test_bundled_names_come_first(hub, files, monkeypatch):
-    convert(
+def test_bundled_names_come_first(asked, files, tiny, monkeypatch):
+    file, out, vae = (
         files / "mar-base.safetensors",
         files / "weights" / "mar_base",
-        TINY,
-        vae=files / "kl16.ckpt",
+        files / "kl16.ckpt",
     )
+    convert(file, out=out, config=tiny, vae=vae)
     monkeypatch.setenv("MAR_MINI_DATA", str(files))
     assert load_pretrained("mar_base").card["preset"] == "tiny"
-    assert not hub
+    assert not asked
 
 
 @pytest.mark.parametrize("name", ["mar_huge", "kl16"])
 def test_without_a_network(name):
     """The real function, which the tests' environment keeps from the network."""
     with pytest.raises(FileNotFoundError) as raised:
-        published.fetch(name)
+        hub.fetch(name)
     assert isinstance(raised.value.__cause__, LocalEntryNotFoundError)
-    message, file = str(raised.value), published.FILES[name].name
+    message, file = str(raised.value), hub.FILES[name].name
     assert f"https://huggingface.co/jadechoghari/mar/resolve/main/{file}" in message
     assert ("load_autoencoder(path)" if name == "kl16" else "load_published(path") in message
     assert "HF_HUB_OFFLINE=1" in message and "mar-mini convert" in message
 
 
-def test_a_wrong_size_or_sum(hub, files, monkeypatch):
+def test_a_wrong_size_or_sum(asked, files, monkeypatch):
     path = files / "kl16.safetensors"
-    size, digest = path.stat().st_size, published.sha256(path)
+    size, digest = path.stat().st_size, hub.digest(path)
     shell = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout
     assert shell.startswith(digest + " ")
     for file in (HubFile(path.name, size, digest), HubFile(path.name, size), HubFile(path.name)):
-        monkeypatch.setitem(published.FILES, "kl16", file)
-        assert published.fetch("kl16") == path
-    monkeypatch.setitem(published.FILES, "kl16", HubFile(path.name, size + 1, digest))
+        monkeypatch.setitem(hub.FILES, "kl16", file)
+        assert hub.fetch("kl16") == path
+    monkeypatch.setitem(hub.FILES, "kl16", HubFile(path.name, size + 1, digest))
     with pytest.raises(ValueError, match=rf"{size:,} bytes, the published .* {size + 1:,}: half"):
-        published.fetch("kl16")
-    monkeypatch.setitem(published.FILES, "kl16", HubFile(path.name, size, "0" * 64))
-    with pytest.raises(ValueError, match=f"sha256 {digest}, the .* has {'0' * 64}; remove it"):
-        published.fetch("kl16")
+        hub.fetch("kl16")
+    monkeypatch.setitem(hub.FILES, "kl16", HubFile(path.name, size, "0" * 64))
+    with pytest.raises(
+        ValueError, match=f"sha256 {digest}, the .* has {'0' * 64}: half of .*; remove it"
+    ):
+        hub.fetch("kl16")
 
 
-def test_what_is_to_be_removed_is_the_file_not_the_link(tmp_path):
+def test_what_is_to_be_removed_is_the_file_not_the_link(tmp_path, monkeypatch):
     (tmp_path / "blob").write_bytes(b"half")
     (tmp_path / "link").symlink_to(tmp_path / "blob")
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_: tmp_path / "link")
     with pytest.raises(ValueError, match="/blob has 4 bytes"):
-        published.check(tmp_path / "link", published.FILES["kl16"])
+        hub.fetch("kl16")
 
 
 # Converting ---------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def tiny(monkeypatch):
+    """The name of the stand-ins' preset."""
+    monkeypatch.setitem(hub.CONFIGS, "tiny", TINY)
+    return "tiny"
+
+
 @pytest.mark.parametrize("name", ["mar.safetensors", "checkpoint-last.pth"])
-def test_convert(files, name):
-    out = convert(files / name, files / "deep" / "out", TINY, vae=files / "kl16.ckpt")
+def test_convert(files, tiny, name, capsys):
+    out, vae = files / "deep" / "out", files / "kl16.ckpt"
+    assert convert(files / name, out=out, config=tiny, vae=vae) == 0
+    assert capsys.readouterr().out.startswith(f"saved in {out}: config.json, mar.safe")
     loaded = load_pretrained(out)
     direct = load_published(files / name, TINY, vae=files / "kl16.ckpt")
     assert equal_states(loaded.mar, tiny_mar()) and equal_states(loaded.vae, tiny_vae())
@@ -529,22 +541,16 @@ def test_convert(files, name):
         "source": name,
         "raw": False,
         "vae": "kl16.ckpt",
-        "sha256": published.sha256(files / name),
-        "vae_sha256": published.sha256(files / "kl16.ckpt"),
+        "sha256": hub.digest(files / name),
+        "vae_sha256": hub.digest(files / "kl16.ckpt"),
     }
     with pytest.raises(ValueError, match="out holds a model already; choose another folder"):
-        convert(files / name, out, TINY, vae=files / "kl16.ckpt")
+        convert(files / name, out=out, config=tiny, vae=vae)
 
 
-def test_convert_to_16_bits_and_raw(files):
-    out = convert(
-        files / "checkpoint-last.pth",
-        files / "out",
-        TINY,
-        vae=files / "kl16.ckpt",
-        raw=True,
-        dtype=torch.bfloat16,
-    )
+def test_convert_to_16_bits_and_raw(files, tiny):
+    file, out, vae = files / "checkpoint-last.pth", files / "out", files / "kl16.ckpt"
+    convert(file, out=out, config=tiny, vae=vae, raw=True, dtype="bfloat16")
     on_disk = load_file(out / "mar.safetensors")
     assert all(
         torch.equal(on_disk[key], value.bfloat16())
@@ -553,17 +559,18 @@ def test_convert_to_16_bits_and_raw(files):
     assert load_pretrained(out).card["raw"] is True
 
 
-def test_a_conversion_that_stops_leaves_no_model(files, monkeypatch):
+def test_a_conversion_that_stops_leaves_no_model(files, tiny, monkeypatch):
     def full(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr("mar_mini.checkpoints.save_file", full)
-    with pytest.raises(OSError, match="disk full"):
-        convert(files / "mar.safetensors", files / "out", TINY, vae=files / "kl16.ckpt")
+    file, out, vae = files / "mar.safetensors", files / "out", files / "kl16.ckpt"
+    with monkeypatch.context() as patch:
+        patch.setattr("mar_mini.checkpoints.save_file", full)
+        with pytest.raises(OSError, match="disk full"):
+            convert(file, out=out, config=tiny, vae=vae)
     with pytest.raises(ValueError, match="no trained model"):
-        load_pretrained(files / "out")
-    monkeypatch.undo()
-    convert(files / "mar.safetensors", files / "out", TINY, vae=files / "kl16.ckpt")
+        load_pretrained(out)
+    convert(file, out=out, config=tiny, vae=vae)
 
 
 @pytest.mark.slow
@@ -579,7 +586,7 @@ def test_mar_base_on_the_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     for path, part in ((file, "mar"), (vae, "vae")):
         written = tmp_path / "model" / f"{part}.safetensors"
-        assert published.sha256(written) == published.sha256(path)  # the same form
+        assert hub.digest(written) == hub.digest(path)  # the same form
         path.unlink()
     done = subprocess.run(
         [
