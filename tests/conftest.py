@@ -11,12 +11,12 @@ assert "mar_mini" not in sys.modules, "imported before its annotations could be 
 HOOK = install_import_hook("mar_mini", "typecheck.checker")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network
 # files with the longest tests; begun last, one of them would leave the other workers idle
-LONGEST = ("test_chapters", "test_pages", "test_learning", "test_premises", "test_symptoms")
+LONGEST = ("test_chapters", "test_pages", "test_learning", "test_distributed", "test_premises")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Says what a worker takes at once: a slow test, or the rest of a file. The longest go first."""
+    """Says what a worker takes at once, a slow test or the rest of a file, the longest first."""
     if not getattr(config.option, "loadgroup", False):  # alone, a process takes them as they stand
         return
     for item in items:

@@ -7,7 +7,6 @@ import sys
 import pytest
 from PIL import Image
 
-from mar_mini import cli
 from mar_mini.course import chapters as course
 
 pytestmark = pytest.mark.slow
@@ -99,9 +98,9 @@ def test_the_tests_run_in_steps_and_stop_at_the_first_that_fails(monkeypatch):
     monkeypatch.setattr(course, "cores", lambda: 4)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     failing = True
-    assert cli.test() == 1 and len(ran) == 3
+    assert course.test() == 1 and len(ran) == 3
     ran.clear()
     failing = False
-    assert cli.test() == 0 and "pytest" in ran[-1] and "-n 4" in ran[-1]
+    assert course.test() == 0 and "pytest" in ran[-1] and "-n 4" in ran[-1]
     assert "not slow" not in ran[-1]
-    assert cli.test(fast=True) == 0 and "not slow" in ran[-1] and len(ran) == 8
+    assert course.test(fast=True) == 0 and "not slow" in ran[-1] and len(ran) == 8

@@ -285,6 +285,7 @@ def test_normalise_refuses_what_is_normalised():
         normalise(torch.zeros(2, 1, 4, 4))
 
 
+@pytest.mark.slow
 def test_import_is_light():
     code = (
         "import sys, mar_mini.data; "

@@ -30,6 +30,7 @@ def tracked() -> list[Path]:
     return [REPO / name for name in out.stdout.decode().split("\0") if name]
 
 
+@pytest.mark.slow
 def test_import_is_light_and_quick():
     runs = [
         subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)

@@ -54,6 +54,7 @@ def test_the_card_lets_anyone_repeat_the_training(pipeline):
     assert pipeline.card["command"].startswith("python recipes/train.py --")
 
 
+@pytest.mark.slow
 def test_the_autoencoder_is_no_ceiling(pipeline):
     images = data.to_tensors(data.load_images("cifar10_mini", "test"))[0]
     images = data.denormalise(data.normalise(images))

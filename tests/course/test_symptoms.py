@@ -54,6 +54,7 @@ def test_small_digits():
     assert -1 <= images.min() < -0.99 and 0.9 < images.max() <= 1
 
 
+@pytest.mark.slow
 def test_all_follows_from_the_seed_and_nothing_else_is_touched():
     state = torch.random.get_rng_state()
     one = run(seed=1)

@@ -150,6 +150,7 @@ WHOLE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WHOLE)
 def test_many_processes_have_the_losses_of_one(name, results, alone):
     agree(results[name]["losses"], alone["losses"])
@@ -244,6 +245,7 @@ def test_images_in_memory():
 # Checkpoints -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_runs_go_on_across_processes_and_strategies(results, alone):
     """From one process to 2 and 4, FSDP and DDP, and back to one process."""
     agree(results["1 to 2 fsdp"]["losses"], alone["losses"][4:6])
@@ -266,6 +268,7 @@ def test_runs_go_on_across_processes_and_strategies(results, alone):
     assert [p.name for p in checkpoints.paths()] == ["state-000000020", "state-000000014"]
 
 
+@pytest.mark.slow
 def test_many_processes_agree_on_what_is_damaged_and_foreign(results, alone):
     bad, folders = results["bad"], results["folders"]
     (message,) = bad["refused"]
@@ -323,6 +326,7 @@ def test_nothing_is_unpickled(tmp_path):
     assert not trap.exists()
 
 
+@pytest.mark.slow
 def test_a_write_that_fails_in_one_process_fails_in_all(results):
     for errors in results["chain 1: 2 fsdp"]["errors"]:
         assert len(errors) == 2 and len(set(errors)) == 1

