@@ -111,7 +111,10 @@ def check_order(result, height, width, batch_size, name="the order") -> Int[Tens
     wrong = (result.sort(1).values != expected).any(1).nonzero().flatten()
     if len(wrong):
         row = int(wrong[0])
-        raise ValueError(f"row {row} of {name} is not a permutation of 0 to {length - 1}")
+        raise ValueError(
+            f"row {row} of {name} is not a permutation of 0 to {length - 1}; each place of the "
+            f"{height}x{width} grid must come exactly once"
+        )
     return result
 
 

@@ -121,7 +121,8 @@ class Training(Iterator[Step]):
         if not (math.isfinite(terms["loss"]) and math.isfinite(norm)):
             raise FloatingPointError(
                 f"step {self.step + 1}: loss is {terms['loss']}, its gradient's norm {norm}, at "
-                f"learning rate {rate:.2e}; lower it, or train in precision='float32'"
+                f"learning rate {rate:.2e}; lower the learning rate, or train in "
+                "precision='float32'"
             )
         self.optimizer.step()
         self.ema.update_parameters(self.model)

@@ -12,24 +12,30 @@ HOOK = install_import_hook("mar_mini", "typecheck.checker")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network
 # files with the longest tests; begun last, one of them would leave the other workers idle
 LONGEST = ("test_chapters", "test_pages", "test_learning", "test_distributed", "test_premises")
+APART = ("test_chapters", "test_premises")  # their tests share nothing: each is a piece of work
 
 
-@pytest.hookimpl(tryfirst=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Gives a worker a whole file at once, since its tests share what they train."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return nodeid if file.endswith(tuple(f"/{name}.py" for name in APART)) else file
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(config, items):
-    """Says what a worker takes at once, a slow test or the rest of a file, the longest first."""
-    if not getattr(config.option, "loadgroup", False):  # alone, a process takes them as they stand
-        return
-    for item in items:
-        fixtures = item._fixtureinfo.name2fixturedefs.values()
-        shares = any(definitions[-1].scope == "module" for definitions in fixtures)
-        if shares or not item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+    """Several workers begin with what takes longest; alone, one takes tests as they stand."""
 
     def rank(item):
         place = LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
         return not item.get_closest_marker("slow"), place
 
-    items.sort(key=rank)
+    if hasattr(config, "workerinput"):
+        items.sort(key=rank)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ CORE = (
     "checkpoints evaluation files"
 ).split()
 ROOMS = "run judge fast planner course".split()
-LINES = {"core": 2600, "file": 320, "package": 5800}
+LINES = {"core": 2720, "file": 320, "package": 7270}  # never more than today
 
 
 def modules() -> dict[str, Path]:
@@ -58,6 +58,9 @@ def test_the_model_is_what_one_sees_first():
     assert files == set(CORE)
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name[0] != "_"}
     assert folders == {*ROOMS, "checks", "viz"}
+    page = (REPO / "docs" / "architecture.md").read_text("utf-8")
+    named = [*(f"`{name}.py`" for name in CORE), *(f"`{name}/`" for name in folders)]
+    assert not [name for name in named if name not in page]
 
 
 def test_it_can_be_read_in_an_evening():

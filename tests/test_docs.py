@@ -189,7 +189,7 @@ def test_code_named_in_documents_exists(document):
     assert not [fault for fault in map(unknown_code, spans) if fault]
 
 
-@pytest.mark.parametrize("document", ["architecture.md", "faq.md", "teaching.md", "beyond.md"])
+@pytest.mark.parametrize("document", ["faq.md", "teaching.md", "beyond.md"])
 def test_code_that_looks_like_ours_exists(document):
     """In running text code is anything; of it, what is a file or begins with a module of ours."""
     text = re.sub(r"^```.*?^```", "", (REPO / "docs" / document).read_text(), flags=re.M | re.S)

@@ -361,7 +361,7 @@ def test(*, fast: bool = False) -> int:
     """Run style checks, then as many tests at once as there are cores; --fast: the quick ones."""
     python = [sys.executable, "-m"]
     # tests/conftest.py says what is one piece of work, and which goes first
-    pool = ["-n", str(cores()), "--dist", "loadgroup", "--no-loadscope-reorder"]
+    pool = ["-n", str(cores()), "--dist", "loadscope", "--no-loadscope-reorder"]
     quick = ["-m", "not slow"] if fast else []
     steps = [
         [*python, "ruff", "check", "."],

@@ -778,7 +778,7 @@ for name in ("real test images", "test images through the autoencoder", "default
 #
 # | symbol | in code | module |
 # |---|---|---|
-# | $d$ | `frechet_distance`, `Reference.distance` | `evaluation`, `judge.statistics` |
+# | $d$ | `frechet_distance` | `evaluation` |
 # | KID | `kernel_distance` | `evaluation` |
 # | floor, interval | `floor`, `bootstrap` | `evaluation` |
 # | precision, recall | `precision_recall` | `evaluation` |

@@ -268,7 +268,7 @@ tiny = MAR(**asdict(get_config("digits").mar))
 budget = configs.TrainingConfig(batch_size=4, max_steps=1, precision="float32")
 training = train_mar(tiny, torch.zeros(4, 1, 16, 16), torch.arange(4), budget, seed=seed)
 next(training)
-moments = [x for state in training.optimiser.state.values() for x in state.values() if x.ndim]
+moments = [x for state in training.optimizer.state.values() for x in state.values() if x.ndim]
 kept = {"weights": list(tiny.parameters()), "gradients": [p.grad for p in tiny.parameters()],
         "moments": moments, "average": list(training.ema.module.parameters())}
 state = {name: sum(x.nbytes for x in xs) / costs.count(tiny) for name, xs in kept.items()}
@@ -451,7 +451,7 @@ mar, recipe = get_config("mar_large").mar, get_config("mar_large").training
 epoch = IMAGENET / recipe.batch_size
 LINES = [
     ("images a step", 2048, recipe.batch_size, "a mean over many: a steady gradient"),
-    ("AdamW's betas", (0.9, 0.95), training.optimiser.defaults["betas"],  # of every preset
+    ("AdamW's betas", (0.9, 0.95), training.optimizer.defaults["betas"],  # of every preset
      "a short memory of squared gradients, for gradients that change"),
     ("epochs", 400, round(recipe.max_steps / epoch), "each image 400 times (800 for Table 4)"),
     ("learning rate", 8e-4, recipe.learning_rate, "follows from the batch: exercise 3"),

@@ -373,7 +373,7 @@ def test_state_of_training():
     kept += [p.grad.numel() for p in model.parameters()]
     kept += [
         x.numel()
-        for state in training.optimiser.state.values()
+        for state in training.optimizer.state.values()
         for name, x in state.items()
         if name != "step"
     ]
