@@ -155,7 +155,9 @@ class Training(Iterator[Step]):
     def resume(self, step: int, seconds: float) -> None:
         """Set how far the training is: steps done, and seconds spent in them."""
         if self.world_size > 1 and step:  # the processes end in the same step
-            seconds = float(self.mean(torch.tensor(seconds, device=self.device)))
+            seconds = float(
+                self.mean(torch.tensor(seconds, dtype=torch.float64, device=self.device))
+            )
         self.step, self.seconds = step, seconds
         self.used = progress(self.config, step, seconds) if step else 0.0
 
